@@ -88,7 +88,7 @@ def test_differences_are_those_of_the_paired_comparison(make: Callable[..., Path
             user_scores(metric, [invent(share, seed) for seed in (0, 1)], TASK)
             for share in {"groups": (0.9, 0.5), "users": (0.95, 0.9)}[method]
         )
-        expected = compare(ours, theirs, EFFORT.resamples, EFFORT.draws, EFFORT.seed)
+        expected = compare(ours, theirs, EFFORT)
         assert (row["difference"], row["p_value"]) == (expected.difference, expected.p_value)
         assert row["ci95"] == [expected.low, expected.high] and (row["users"], row["queries"]) == (12, 48)
         assert row["paired_first"] == pytest.approx(row["first"]["value"])

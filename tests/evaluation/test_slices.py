@@ -47,7 +47,7 @@ def test_a_row_holds_the_numbers_of_its_users_alone(make):
     scores = {("groups", "accuracy"): user_scores("accuracy", [rows], TASK)}
     found = {row["slice"]: row for row in slice_rows(scores, histories, Effort(200, seed=3))}
     short = found["under-10"]
-    alone = estimate(user_scores("accuracy", [[row for row in rows if row.user < "u06"]], TASK), 200, 3)
+    alone = estimate(user_scores("accuracy", [[row for row in rows if row.user < "u06"]], TASK), Effort(200, seed=3))
     assert (short["value"], short["ci95"]) == (alone.value, [alone.low, alone.high])
     assert (short["users"], short["queries"], short["history"]) == (6, 30, [4, 9])
     assert found["bottom-100"]["value"] == pytest.approx(sum(row.prediction == "a" for row in rows) / 60)

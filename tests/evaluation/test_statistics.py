@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proper.errors import DataError
-from proper.evaluation import statistics
 from proper.evaluation.metrics import METRICS, Prediction, TaskInfo, get_metric, score
 from proper.evaluation.statistics import (
+    Effort,
     UserScores,
     bootstrap,
     compare,
@@ -69,7 +69,7 @@ def slow_value(name: str, seeds: list[list[Prediction]], users: list[str]) -> fl
 def test_a_resample_is_the_metric_of_the_pooled_queries(name):
     ours, theirs = seeds_of(name, 6, 0.7, 1), seeds_of(name, 6, 0.4, 2)
     scores = [user_scores(name, rows, TASKS[name]) for rows in (ours, theirs)]
-    found = bootstrap(scores, resamples=40, seed=5)
+    found = bootstrap(scores, Effort(40, seed=5))
     weights = np.random.default_rng(5).multinomial(6, np.full(6, 1 / 6), size=40)
     drawn = np.random.default_rng([5, 1]).multinomial(2, np.full(2, 1 / 2), size=40)
     assert {2, 1, 0} <= {int(count) for row in drawn for count in row}
@@ -78,19 +78,6 @@ def test_a_resample_is_the_metric_of_the_pooled_queries(name):
             users = [user for user, count in zip(scores[0].users, times, strict=True) for _ in range(count)]
             again = [seed for seed, count in zip(seeds, seed_times, strict=True) for _ in range(count)]
             assert found[row, place] == pytest.approx(slow_value(name, again, users), abs=1e-12)
-
-
-@given(st.integers(1, 300), st.integers(1, 60), st.integers(0, 3), st.integers(1, 70_000))
-@settings(deadline=None)
-def test_kept_resamples_are_those_that_are_drawn_anew(users, resamples, seed, width):
-    drawn = np.random.default_rng(seed).multinomial(users, np.full(users, 1.0 / users), size=resamples)
-    for most in (statistics._KEPT_CELLS, 0):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(statistics, "_KEPT_CELLS", most)
-            patch.setattr(statistics, "_CELLS", 1 << 16)  # several pieces
-            statistics._kept_resamples.cache_clear()
-            found = list(statistics._user_resamples(users, resamples, seed, width))
-        np.testing.assert_array_equal(np.concatenate(found), drawn)
 
 
 def test_seeds_that_disagree_widen_the_interval():
@@ -110,7 +97,7 @@ def test_seeds_that_disagree_widen_the_interval():
 @pytest.mark.parametrize("name", TASKS)
 def test_value_and_users_value_against_scoring_from_scratch(name):
     seeds = seeds_of(name, 9, 0.6)
-    found = estimate(user_scores(name, seeds, TASKS[name]), resamples=200)
+    found = estimate(user_scores(name, seeds, TASKS[name]), Effort(200))
     users = sorted({row.user for row in seeds[0]})
     assert found.value == pytest.approx(slow_value(name, seeds, users))
     own = []
@@ -150,7 +137,7 @@ def test_a_mean_is_tested_by_flipping_the_signs_of_users_summed_differences():
     gaps = (scores[0].sums - scores[1].sums).mean(axis=0)[:, 0]
     signs = np.random.default_rng(9).choice([-1, 1], size=(40_000, len(gaps)))
     wanted = np.mean(np.abs(signs @ gaps) >= abs(gaps.sum()) - 1e-9)
-    p_value, test = permutation_test(*scores, draws=40_000)
+    p_value, test = permutation_test(*scores, Effort(draws=40_000))
     assert p_value == pytest.approx(wanted, abs=0.015)
     assert test == "paired permutation over users, 40000 draws"
 
@@ -174,7 +161,7 @@ def test_random_swaps_agree_with_all_of_them():
 def test_a_drawn_p_value_is_never_zero():
     rows = [Prediction(id=k, user=f"u{k}", prompt="", target="a", prediction="a") for k in range(40)]
     wrong = [replace(row, prediction="b") for row in rows]
-    p_value, _ = permutation_test(*(user_scores("accuracy", [one], LABELS) for one in (rows, wrong)), draws=999)
+    p_value, _ = permutation_test(*(user_scores("accuracy", [one], LABELS) for one in (rows, wrong)), Effort(draws=999))
     assert p_value == 1 / 1000
 
 
@@ -188,7 +175,7 @@ def test_users_with_equal_scores_do_not_change_the_p_value():
 
 def test_equal_methods_have_p_one_and_no_difference():
     scores = user_scores("rmse", seeds_of("rmse", 20, 0.5), STARS)
-    found = compare(scores, scores, resamples=100)
+    found = compare(scores, scores, Effort(100))
     assert (found.difference, found.low, found.high, found.p_value) == (0, 0, 0, 1)
 
 
@@ -196,7 +183,7 @@ def test_under_the_null_p_values_are_not_too_small():
     p_values = []
     for trial in range(300):
         both = [user_scores("accuracy", seeds_of("accuracy", 25, 0.5, 2 * trial + k, 1), LABELS) for k in (0, 1)]
-        p_values.append(permutation_test(*both, draws=300, seed=trial)[0])
+        p_values.append(permutation_test(*both, Effort(draws=300, seed=trial))[0])
     for level in (0.05, 0.2, 0.5):
         share = np.mean(np.asarray(p_values) <= level)
         # Binomial spread over 300 trials; ties make a discrete test a little conservative.
@@ -230,7 +217,7 @@ def test_an_interval_covers_about_as_often_as_it_says():
             for user in range(40)
             for query, hit in enumerate(random_.random(8) < share[user])
         ]
-        found = estimate(user_scores("accuracy", [rows], LABELS), resamples=400, seed=trial)
+        found = estimate(user_scores("accuracy", [rows], LABELS), Effort(400, seed=trial))
         hits += found.low <= 0.6 <= found.high
     assert 0.89 <= hits / trials <= 0.99
 
@@ -238,7 +225,7 @@ def test_an_interval_covers_about_as_often_as_it_says():
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 10_000), st.integers(2, 12), st.sampled_from(["accuracy", "mae", "rmse"]))
 def test_an_interval_contains_its_value(seed, users, name):
-    found = estimate(user_scores(name, [invent(seed, users, TASKS[name])], TASKS[name]), resamples=500, seed=seed)
+    found = estimate(user_scores(name, [invent(seed, users, TASKS[name])], TASKS[name]), Effort(500, seed=seed))
     assert found.low - 1e-12 <= found.value <= found.high + 1e-12
 
 
@@ -246,10 +233,10 @@ def test_an_interval_contains_its_value(seed, users, name):
 @given(st.randoms(use_true_random=False), st.sampled_from(list(TASKS)))
 def test_the_order_of_predictions_does_not_matter(shuffler, name):
     ours, theirs = seeds_of(name, 15, 0.6, 1), seeds_of(name, 15, 0.5, 2)
-    wanted = compare(*(user_scores(name, rows, TASKS[name]) for rows in (ours, theirs)), resamples=100, draws=200)
+    wanted = compare(*(user_scores(name, rows, TASKS[name]) for rows in (ours, theirs)), Effort(100, 200))
     for rows in (*ours, *theirs):
         shuffler.shuffle(rows)
-    found = compare(*(user_scores(name, rows, TASKS[name]) for rows in (ours, theirs)), resamples=100, draws=200)
+    found = compare(*(user_scores(name, rows, TASKS[name]) for rows in (ours, theirs)), Effort(100, 200))
     assert found == wanted
 
 
@@ -286,9 +273,9 @@ def test_the_smallest_detectable_difference_is_detected_four_times_in_five():
 
 def test_one_user_has_a_value_but_no_interval():
     rows = invent(0, 1, LABELS)
-    found = estimate(user_scores("accuracy", [rows], LABELS), resamples=100)
+    found = estimate(user_scores("accuracy", [rows], LABELS), Effort(100))
     assert math.isnan(found.low) and math.isnan(found.high) and 0 <= found.value <= 1
-    assert math.isnan(compare(*[user_scores("accuracy", [rows], LABELS)] * 2, resamples=100).resolvable)
+    assert math.isnan(compare(*[user_scores("accuracy", [rows], LABELS)] * 2, Effort(100)).resolvable)
 
 
 def test_what_cannot_be_paired_is_refused():
@@ -332,7 +319,7 @@ def test_standings_name_the_best_and_what_cannot_be_told_from_it():
                           np.full(40, 10.0))  # fmt: skip
 
     good, same, bad = made(0.8), made(0.8), made(0.4)
-    places = dict(zip(("good", "same", "bad"), standings([good, same, bad], 500), strict=True))
+    places = dict(zip(("good", "same", "bad"), standings([good, same, bad], Effort(500)), strict=True))
     assert places["bad"] == "" and sorted([places["good"], places["same"]]) == ["best", "tied"]
     assert standings([bad, bad]) == ["best", "tied"]
     alone = good.only({"u0"})

@@ -89,7 +89,7 @@ def comparison_rows(
     rows: list[dict[str, Any]] = []
     for method, against, name in _tested(scores, pairs):
         primary = name == primary_metric(task)
-        found = compare(scores[method, name], scores[against, name], effort.resamples, effort.draws, effort.seed)
+        found = compare(scores[method, name], scores[against, name], effort)
         rows.append(
             {
                 "task": task.name,

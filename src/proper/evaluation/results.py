@@ -23,7 +23,7 @@ from proper.evaluation.metrics import (
 )
 from proper.evaluation.scoring import Predictions, require_ids, score_all, scores_of
 from proper.evaluation.slices import part_rows, slice_rows
-from proper.evaluation.statistics import Effort, UserScores, estimate, standings
+from proper.evaluation.statistics import DEFAULT_EFFORT, Effort, UserScores, estimate, standings
 from proper.evaluation.style import Habits
 from proper.run_folder import STAGE_METHODS, STEPS
 
@@ -66,13 +66,12 @@ class RawResults:
         return list(next(iter(self.predictions.values())))
 
 
-def build_results(found: RawResults, effort: Effort | None = None) -> dict[str, Any]:
+def build_results(found: RawResults, effort: Effort = DEFAULT_EFFORT) -> dict[str, Any]:
     """Assemble `results.json`, schema 1, from plain values only; non-finite numbers become None.
 
     Raises:
         DataError: there are no predictions, or methods or seeds did not answer exactly the same queries.
     """
-    effort = effort or Effort()
     histories = require_same_queries(found.predictions)
     scores = score_all(found.predictions, found.task, found.habits)
     metrics = _metric_rows(scores, found.task, effort)
@@ -194,7 +193,7 @@ def _metric_rows(scores: Scores, task: TaskInfo, effort: Effort) -> list[dict[st
 def metric_row(key: tuple[str, str], scores: UserScores, task: TaskInfo, effort: Effort) -> dict[str, Any]:
     """Return a row of `metrics` in `results.json`, without its standing among the methods; `key` is method, metric."""
     method, name = key
-    found = estimate(scores, effort.resamples, effort.seed)
+    found = estimate(scores, effort)
     by_seed = [float(value) for value in scores.values()]
     return {
         "task": task.name,
@@ -217,7 +216,7 @@ def _add_standings(rows: list[dict[str, Any]], scores: Scores, effort: Effort) -
     """Set `standing` of every row: whether its method is the best on its metric, or tied with the best."""
     for name in dict.fromkeys(row["metric"] for row in rows):
         here = [row for row in rows if row["metric"] == name]
-        found = standings([scores[row["method"], name] for row in here], effort.resamples, effort.seed)
+        found = standings([scores[row["method"], name] for row in here], effort)
         for row, standing in zip(here, found, strict=True):
             row["standing"] = standing
 

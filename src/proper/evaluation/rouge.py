@@ -19,6 +19,9 @@ from numpy.typing import NDArray
 
 from proper.errors import DataError
 
+OFFICIAL_RESAMPLES = 1000
+"""Bootstrap samples of `rouge_score.scoring.BootstrapAggregator` by default, with which the benchmark scores."""
+
 Words = Callable[[str], list[str]]
 
 _LATIN = re.compile(r"[a-z0-9]+")
@@ -108,7 +111,7 @@ def _f_measure(shared: int, target: int, answer: int) -> float:
 
 
 def rouge_official(values: NDArray[np.float64], seed: int) -> float:
-    """Return the official script's aggregate of ROUGE values: the median of 1,000 bootstrapped means, not the mean.
+    """Return the official script's aggregate of ROUGE values: the median of bootstrapped means, not the mean.
 
     Draws are those of `rouge_score.scoring.BootstrapAggregator` after `numpy.random.seed(seed)`, for one score type.
     """
@@ -116,5 +119,5 @@ def rouge_official(values: NDArray[np.float64], seed: int) -> float:
         raise DataError("no ROUGE values to aggregate")
     # The aggregator uses numpy's legacy generator, whose stream differs from that of default_rng.
     draws = np.random.RandomState(seed)
-    means = [values[draws.choice(np.arange(len(values)), size=len(values))].mean() for _ in range(1000)]
+    means = [values[draws.choice(np.arange(len(values)), size=len(values))].mean() for _ in range(OFFICIAL_RESAMPLES)]
     return float(np.percentile(means, 50))

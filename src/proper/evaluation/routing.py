@@ -127,7 +127,7 @@ def group_nmi(gates: FloatArray, users: Sequence[str], groups: Mapping[str, int]
     known = [index for index, user in enumerate(users) if user in groups]
     if not known:
         return None
-    # Not at the top: scikit-learn takes 1.5 s to import.
+    # Not at the top: slow to import, as in `training.expert_count`.
     from sklearn.cluster import KMeans
     from sklearn.metrics import normalized_mutual_info_score
 

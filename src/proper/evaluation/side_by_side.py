@@ -19,7 +19,7 @@ from proper.evaluation.comparisons import TRIVIAL
 from proper.evaluation.metrics import LOSSES, METRICS, STYLE_DISTANCES, Prediction, TaskInfo, TaskKind
 from proper.evaluation.results import plain
 from proper.evaluation.runner import read_predictions
-from proper.evaluation.statistics import Effort, compare, holm, user_scores
+from proper.evaluation.statistics import DEFAULT_EFFORT, Effort, compare, holm, user_scores
 from proper.json_records import REMOVE_IT, first_problem, read_record
 from proper.run_folder import RunFolder, Tier
 
@@ -114,7 +114,7 @@ class RunSide:
         return read_predictions(path) if path.is_file() else None
 
 
-def compare_runs(first: Path, second: Path, effort: Effort | None = None) -> dict[str, Any]:
+def compare_runs(first: Path, second: Path, effort: Effort = DEFAULT_EFFORT) -> dict[str, Any]:
     """Return `{"task", "seeds", "rows", "missing"}`: one row per method and metric that both scored.
 
     A row holds `first` and `second` (`value`, `ci95`, as in each results.json), and `difference` with `ci95`,
@@ -134,7 +134,7 @@ def compare_runs(first: Path, second: Path, effort: Effort | None = None) -> dic
         pair = _paired(sides, method, seeds) if task is not None else "its prepared data is missing"
         if isinstance(pair, str):
             missing[method] = pair
-        rows += _rows(sides, method, task, None if isinstance(pair, str) else pair, effort or Effort())
+        rows += _rows(sides, method, task, None if isinstance(pair, str) else pair, effort)
     _adjust(rows)
     found: dict[str, Any] = plain({"task": sides[0].results["task"], "seeds": seeds, "rows": rows, "missing": missing})
     return found
@@ -208,7 +208,7 @@ def _difference(metric: str, task: TaskInfo, pair: tuple[Seeds, Seeds], effort: 
     if metric not in METRICS or metric in STYLE_DISTANCES:  # of another version, or of the users' histories
         return None
     one, other = (user_scores(metric, seeds, task) for seeds in pair)
-    found = compare(one, other, effort.resamples, effort.draws, effort.seed)
+    found = compare(one, other, effort)
     return {
         "difference": found.difference,
         "relative": found.relative,

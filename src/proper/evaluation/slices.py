@@ -61,7 +61,7 @@ def part_rows(
     for (method, metric), part in scores.items():
         if not part.users:  # a distance of styles, where no user of the slice has a history
             continue
-        found = estimate(part, effort.resamples, effort.seed)
+        found = estimate(part, effort)
         lengths = [histories[user] for user in part.users]
         rows.append(
             {

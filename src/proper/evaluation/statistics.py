@@ -15,21 +15,29 @@ Shapes: S seeds, U users, F contributions of the metric, N resamples or draws.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from proper.errors import DataError
 from proper.evaluation.metrics import FloatArray, Metric, Prediction, TaskInfo, get_metric
+from proper.evaluation.resampling import all_swaps, random_swaps, resampled, user_resamples
 
 _LARGEST_EXACT = 13  # 2 ** 13 = 8,192 swaps, fewer than the default number of random draws
-_CELLS = 1 << 22  # maximum numbers in one chunk of resamples
-_KEPT_CELLS = 1 << 25  # maximum numbers of resamples that are kept for the next call, of 2 bytes each
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Number of bootstrap resamples and of permutation draws, and the seed of both."""
+
+    resamples: int = 2000
+    draws: int = 10_000
+    seed: int = 0
+
+
+DEFAULT_EFFORT = Effort()
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,16 +117,7 @@ def user_scores(name: str, seeds: Sequence[Sequence[Prediction]], task: TaskInfo
     return UserScores(metric, users, np.stack(sums), counts)
 
 
-@dataclass(frozen=True)
-class Effort:
-    """Number of bootstrap resamples and of permutation draws, and the seed of both."""
-
-    resamples: int = 2000
-    draws: int = 10_000
-    seed: int = 0
-
-
-def bootstrap(scores: Sequence[UserScores], resamples: int = 2000, seed: int = 0) -> FloatArray:
+def bootstrap(scores: Sequence[UserScores], effort: Effort = DEFAULT_EFFORT) -> FloatArray:
     """Recompute several scores on the same N resamples of their common users and seeds; returns `(len(scores), N)`.
 
     Raises:
@@ -129,23 +128,21 @@ def bootstrap(scores: Sequence[UserScores], resamples: int = 2000, seed: int = 0
     count = len(scores[0].users)
     widest = max(one.sums.shape[0] * one.sums.shape[2] for one in scores)
     # A generator each, so that the draws do not depend on the size of the pieces.
-    of_seeds = np.random.default_rng([seed, 1])
+    of_seeds = np.random.default_rng([effort.seed, 1])
     pieces = []
-    for users in _user_resamples(count, resamples, seed, count + widest):
-        seeds = _resampled(of_seeds, scores[0].sums.shape[0], len(users))
+    for users in user_resamples(count, effort.resamples, effort.seed, count + widest):
+        seeds = resampled(of_seeds, scores[0].sums.shape[0], len(users))
         pieces.append(np.stack([_weighted(one, users, seeds) for one in scores]))
     return np.concatenate(pieces, axis=1)
 
 
-def estimate(scores: UserScores, resamples: int = 2000, seed: int = 0) -> Estimate:
+def estimate(scores: UserScores, effort: Effort = DEFAULT_EFFORT) -> Estimate:
     """Return the value over queries with its 95 % bootstrap interval over users and seeds."""
-    low, high = _interval(scores, bootstrap([scores], resamples, seed)[0])
+    low, high = _interval(scores, bootstrap([scores], effort)[0])
     return Estimate(float(scores.values().mean()), float(scores.user_values().mean()), low, high)
 
 
-def compare(
-    method: UserScores, against: UserScores, resamples: int = 2000, draws: int = 10_000, seed: int = 0
-) -> Comparison:
+def compare(method: UserScores, against: UserScores, effort: Effort = DEFAULT_EFFORT) -> Comparison:
     """Compare two methods on the same queries, paired by user.
 
     Raises:
@@ -155,10 +152,10 @@ def compare(
     ours, theirs = float(method.values().mean()), float(against.values().mean())
     difference = ours - theirs
     sign = 1.0 if method.metric.higher_is_better else -1.0
-    ours_again, theirs_again = bootstrap([method, against], resamples, seed)
+    ours_again, theirs_again = bootstrap([method, against], effort)
     differences = ours_again - theirs_again
     low, high = _interval(method, differences)
-    p_value, test = permutation_test(method, against, draws, seed)
+    p_value, test = permutation_test(method, against, effort)
     users = len(method.users)
     # The standard deviation over resamples is sd / sqrt(users) for any metric, so it yields sd of users' differences
     # (with several seeds, including what they add).
@@ -167,7 +164,7 @@ def compare(
     return Comparison(difference, relative, low, high, p_value, test, minimal_detectable_difference(sd, users))
 
 
-def standings(scores: Sequence[UserScores], resamples: int = 2000, seed: int = 0) -> list[str]:
+def standings(scores: Sequence[UserScores], effort: Effort = DEFAULT_EFFORT) -> list[str]:
     """Return "best" for the best method, "tied" if the 95 % interval of the difference to it contains 0, else "".
 
     Resamples are paired by user. A tie means that these users cannot distinguish the method from the best; it is not a
@@ -179,7 +176,7 @@ def standings(scores: Sequence[UserScores], resamples: int = 2000, seed: int = 0
     sign = 1.0 if scores[0].metric.higher_is_better else -1.0
     values = [sign * float(one.values().mean()) for one in scores]
     top = max(range(len(values)), key=values.__getitem__)
-    again = sign * bootstrap(scores, resamples, seed)
+    again = sign * bootstrap(scores, effort)
     found = []
     for index, value in enumerate(values):
         _, high = _interval(scores[index], again[index] - again[top])
@@ -188,10 +185,10 @@ def standings(scores: Sequence[UserScores], resamples: int = 2000, seed: int = 0
     return found
 
 
-def permutation_test(method: UserScores, against: UserScores, draws: int = 10_000, seed: int = 0) -> tuple[float, str]:
+def permutation_test(method: UserScores, against: UserScores, effort: Effort = DEFAULT_EFFORT) -> tuple[float, str]:
     """Return the two-sided p-value of the difference under swapping methods user by user, and the test's name.
 
-    With at most 13 users whose answers differ, all swaps are enumerated; otherwise `draws` random swaps are used, with
+    With at most 13 users whose answers differ, all swaps are enumerated; otherwise some are drawn at random, with
     p = (1 + b) / (1 + draws) for b swaps at least as extreme (Phipson and Smyth, 2010), which is never 0.
 
     Raises:
@@ -213,12 +210,13 @@ def permutation_test(method: UserScores, against: UserScores, draws: int = 10_00
     # Equal differences can deviate by a rounding error, and a tie must count as extreme.
     bar = observed * (1 - 1e-9) - 1e-12
     exact = users <= _LARGEST_EXACT
-    count = 2**users if exact else draws
-    swaps = _all_swaps(users) if exact else _random_swaps(users, draws, gap.shape[0] * gap.shape[2], seed)
+    count = 2**users if exact else effort.draws
+    width = gap.shape[0] * gap.shape[2]
+    swaps = all_swaps(users) if exact else random_swaps(users, effort.draws, effort.seed, width)
     extreme = sum(int((np.abs(statistic(piece)) >= bar).sum()) for piece in swaps)
     if exact:
         return extreme / count, "paired permutation over users, exact"
-    return (1 + extreme) / (1 + count), f"paired permutation over users, {draws} draws"
+    return (1 + extreme) / (1 + count), f"paired permutation over users, {count} draws"
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -260,36 +258,6 @@ def _require_paired(one: UserScores, other: UserScores) -> None:
         raise DataError(f"metric {one.metric.name}: the methods did not answer the same queries of the same users")
 
 
-def _resampled(draws: np.random.Generator, count: int, size: int) -> FloatArray:
-    """Return how often each of `count` units is in each of `size` resamples, `(size, count)`."""
-    return draws.multinomial(count, np.full(count, 1.0 / count), size=size).astype(np.float64)
-
-
-def _user_resamples(count: int, resamples: int, seed: int, width: int) -> Iterator[FloatArray]:
-    """Yield `_resampled` of `count` users in chunks for rows of `width` numbers; the chunks do not change the draws."""
-    if count * resamples <= _KEPT_CELLS:
-        kept, at = _kept_resamples(count, resamples, seed), 0
-        for size in _pieces(resamples, width):
-            yield kept[at : at + size].astype(np.float64)
-            at += size
-        return
-    draws = np.random.default_rng(seed)
-    for size in _pieces(resamples, width):
-        yield _resampled(draws, count, size)
-
-
-# Drawing costs far more than what is computed with the draws, and every metric, comparison and method of the same
-# users has the same ones. Slices come one after the other, so few draws have to be kept.
-@lru_cache(maxsize=2)
-def _kept_resamples(count: int, resamples: int, seed: int) -> NDArray[np.unsignedinteger[Any]]:
-    """Return all resamples of `count` users, `(resamples, count)`, in the smallest type that holds `count`."""
-    draws, kind = np.random.default_rng(seed), np.min_scalar_type(count)
-    pieces = [_resampled(draws, count, size).astype(kind) for size in _pieces(resamples, count)]
-    kept = np.concatenate(pieces)
-    kept.flags.writeable = False
-    return kept
-
-
 def _weighted(scores: UserScores, users: FloatArray, seeds: FloatArray) -> FloatArray:
     """Return the value for each row of user weights `(N, U)` and of seed weights `(N, S)`, averaged over seeds."""
     by_seed = scores.metric.finish(users @ scores.sums, users @ scores.counts)
@@ -301,21 +269,3 @@ def _interval(scores: UserScores, values: FloatArray) -> tuple[float, float]:
         return math.nan, math.nan
     low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
-
-
-def _pieces(count: int, width: int) -> Iterator[int]:
-    """Yield chunk sizes that split `count` rows of `width` numbers into chunks that fit in memory."""
-    size = max(1, _CELLS // max(1, width))
-    for start in range(0, count, size):
-        yield min(size, count - start)
-
-
-def _all_swaps(users: int) -> Iterator[FloatArray]:
-    codes = np.arange(2**users)
-    yield ((codes[:, None] >> np.arange(users)) & 1).astype(np.float64)
-
-
-def _random_swaps(users: int, draws: int, width: int, seed: int) -> Iterator[FloatArray]:
-    random = np.random.default_rng(seed)
-    for size in _pieces(draws, users + width):
-        yield random.integers(0, 2, size=(size, users)).astype(np.float64)
