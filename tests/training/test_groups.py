@@ -60,7 +60,7 @@ def test_absent_users_do_not_move(grouped: Build, accelerator: Accelerator) -> N
         loss = stage.loss(collate(rows, pad=0), 0.5)
         penalty = loss.penalty if loss.penalty is not None else 0
         (loss.total / loss.tokens + penalty).backward()
-        stage.after_backward(1.0, 1.0)
+        stage.after_backward(1.0)
         present = sorted({USERS.index(row.user) for row in rows})
         absent = [user for user in range(5) if user not in present]
         now = (stage.embeddings, *stage.optimizer.tensors().values())
@@ -83,7 +83,7 @@ def test_an_embeddings_gradient_is_summed_over_its_rows_and_micro_batches(
     captured: dict[str, Any] = {}
     step = stage.optimizer.step
     stage.optimizer.step = lambda *given: captured.update(given=given) or step(*given)  # type: ignore[method-assign, func-returns-value]
-    stage.after_backward(0.5, 1.0)
+    stage.after_backward(0.5)
 
     values, index, gradients, rate = captured["given"]
     assert index.tolist() == [0, 1, 3] and rate == 0.5 * stage.config.embedding_learning_rate
@@ -130,7 +130,7 @@ def test_the_constraint_alone_moves_routers_apart(grouped: Build, accelerator: A
         assert loss.penalty is not None and loss.penalty.requires_grad == (kind != "released")
         (0 * loss.total + loss.penalty).backward()
         optimizer.step()
-        stage.after_backward(1.0, 1.0)
+        stage.after_backward(1.0)
 
     after = mean_cosine(stage, rows)
     if kind == "released":

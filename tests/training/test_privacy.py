@@ -75,7 +75,7 @@ class Squares:
         losses = self.scale * (features.float() @ self.weights).square()
         return LossSum(losses.sum(), torch.tensor(float(len(losses))))
 
-    def after_backward(self, rate_factor: float, share: float) -> None:
+    def after_backward(self, rate_factor: float) -> None:
         pass
 
     def state(self) -> dict[str, Tensor]:

@@ -162,11 +162,10 @@ def _stage(
         for batch in batches:
             optimizer.zero_grad()
             loss = stage.loss(batch, progress=1.0)
-            objective = loss.total / loss.tokens
-            torch.autograd.backward(objective if loss.penalty is None else objective + loss.penalty)
+            torch.autograd.backward(loss.objective(loss.tokens))
             torch.nn.utils.clip_grad_norm_(parameters, CLIP)
             optimizer.step()
-            stage.after_backward(1.0, 1.0)
+            stage.after_backward(1.0)
 
     return steps
 

@@ -86,6 +86,11 @@ class PopulationConfig(OptimizerConfig):
     patience: Annotated[int, Field(ge=0)] = 3
     validation: Annotated[float, Field(gt=0, le=0.5)] = 0.05
 
+    @property
+    def held_out_share(self) -> float:
+        """Share of the rows that is held out for early stopping; 0 without it."""
+        return self.validation if self.patience else 0.0
+
 
 MAX_EXPERTS = 16
 """Number of experts with which `groups.experts: auto` trains first, and the most that it finds."""

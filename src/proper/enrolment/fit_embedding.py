@@ -201,7 +201,7 @@ def _descend(setting: Setting, descents: Sequence[_Descent]) -> None:
         rows = [work[at][0] for at in good]
         rates = [setting.rate * _factor(setting, descents[row], step) for row in rows]
         chosen = torch.tensor(rows, dtype=torch.long)
-        optimizer.step(values, chosen, gradients[good], torch.tensor(rates, dtype=torch.float64))
+        optimizer.step(values, chosen, gradients[good], rates)
         for row in rows:
             setting.step()
             if (step + 1) % len(descents[row].items) == 0:

@@ -165,9 +165,9 @@ class JointStage:
             total, tokens = self.groups.model.answer_losses(batch, rows)
         return LossSum(total.sum(), tokens.sum(), self.groups.penalty(progress))
 
-    def after_backward(self, rate_factor: float, share: float) -> None:
+    def after_backward(self, rate_factor: float) -> None:
         """Update embeddings and adapters of the users in this batch."""
-        self.groups.after_backward(rate_factor, share)
+        self.groups.after_backward(rate_factor)
         assert self.bank.gradients is not None
         if self._present:
             rows = torch.tensor(sorted(self._present), device=self.bank.values.device)

@@ -66,7 +66,7 @@ class PolyStage:
         total, tokens = self.model.answer_losses(batch, RowContext(slots=slots))
         return LossSum(total.sum(), tokens.sum())
 
-    def after_backward(self, rate_factor: float, share: float) -> None:
+    def after_backward(self, rate_factor: float) -> None:
         """Update the logits of the users in this batch."""
         tables = self.poly.tables()
         rows = torch.tensor(sorted(self._present))

@@ -78,13 +78,18 @@ def with_prior(tier: Tier) -> Callable[[TrainedRun], MethodRun]:
         priors = user_priors(trained.dataset, trained.config)
         scored = held_out(trained, priors) if tier == Tier.GROUPS else held_out_by_adapters(trained, priors)
         weight = choose_weight(scored, trained.config.task, trained.dataset.labels)
-        queries = {query.id: query for query in trained.dataset.queries()}
-        asked = [queries[found.id] for found in run.predictions]
+        asked = queries_of(run, trained.dataset)
         model = log_probabilities([found.label_scores or [] for found in run.predictions])
         mixed = log_mixture(model, log_priors(priors, asked), weight)
         return replace(run, predictions=with_scores(trained, run.predictions, asked, mixed))
 
     return answer
+
+
+def queries_of(run: MethodRun, dataset: Dataset) -> list[TextExample]:
+    """Return the query of each prediction."""
+    queries = {query.id: query for query in dataset.queries()}
+    return [queries[row.id] for row in run.predictions]
 
 
 def score_as(tier: Tier, trained: TrainedRun) -> MethodRun:

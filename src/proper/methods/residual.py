@@ -22,7 +22,7 @@ from proper.data.encoder import Encoder
 from proper.data.prior import EarlierPriors
 from proper.errors import ConfigError
 from proper.evaluation.runner import MethodRun
-from proper.methods.prior import log_probabilities, score_as, user_priors, with_scores
+from proper.methods.prior import log_probabilities, queries_of, score_as, user_priors, with_scores
 from proper.methods.spec import DerivedRun, TrainedRun, TrainingWork
 from proper.models.label_choice import takes_trees
 from proper.run_folder import Stage, Tier
@@ -62,8 +62,7 @@ def with_residual(tier: Tier) -> Callable[[TrainedRun], MethodRun]:
 
     def answer(trained: TrainedRun) -> MethodRun:
         run = score_as(tier, trained)
-        queries = {query.id: query for query in trained.dataset.queries()}
-        asked = [queries[found.id] for found in run.predictions]
+        asked = queries_of(run, trained.dataset)
         priors = user_priors(trained.dataset, trained.config)
         added = habit(np.stack([priors.shares(query.user) for query in asked]), priors.population)
         scores = np.asarray([found.label_scores or [] for found in run.predictions])

@@ -112,8 +112,7 @@ def _training(stage: TrainableStage, rows: list[EncodedExample], backbone: Backb
     def step() -> None:
         for batch in batches:
             loss = stage.loss(batch, 0.5)
-            objective = loss.total / loss.tokens
-            torch.autograd.backward(objective if loss.penalty is None else objective + loss.penalty)
+            torch.autograd.backward(loss.objective(loss.tokens))
 
     seconds = _timed(step, backbone.device)
     for parameter in stage.parameters().values():

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from proper.evaluation.runner import MethodRun
 from proper.methods.evaluate import answered
 from proper.methods.head import HEAD
-from proper.methods.prior import log_mixture, log_probabilities, score_as, with_scores
+from proper.methods.prior import log_mixture, log_probabilities, queries_of, score_as, with_scores
 from proper.methods.spec import TrainedRun
 from proper.run_folder import RunFolder, Tier
 
@@ -25,8 +25,7 @@ def with_head(tier: Tier) -> Callable[[TrainedRun], MethodRun]:
         stage = score_as(tier, trained)
         head = answered(HEAD, trained, RunFolder(trained.folder), label_scores=True)
         by_id = {row.id: row.label_scores or [] for row in head.predictions}
-        queries = {query.id: query for query in trained.dataset.queries()}
-        asked = [queries[row.id] for row in stage.predictions]
+        asked = queries_of(stage, trained.dataset)
         of_stage = log_probabilities([row.label_scores or [] for row in stage.predictions])
         of_head = log_probabilities([by_id[row.id] for row in stage.predictions])
         found = with_scores(trained, stage.predictions, asked, log_mixture(of_stage, of_head, 0.5))

@@ -5,7 +5,7 @@ A new method is a new entry here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,10 @@ from proper.methods.poly import answer_poly, train_poly
 from proper.methods.prior import prior, with_prior
 from proper.methods.residual import RESIDUAL, with_residual
 from proper.methods.retrieved import add_profile, retrieved_run
-from proper.methods.spec import DerivedRun, Method
+from proper.methods.spec import DerivedRun, Method, PerUser, TrainingWork
 from proper.methods.stage_and_head import with_head
 from proper.methods.stage_methods import (
+    Answer,
     as_another,
     as_itself,
     as_one,
@@ -41,7 +42,7 @@ from proper.methods.trivial import global_majority, lead, user_majority, user_ma
 from proper.run_folder import Stage, Tier
 
 ALL = tuple(Stage)
-GROUPS = ALL[:2]
+POPULATION, GROUPS = ALL[:1], ALL[:2]
 
 OPPU: Mapping[str, Any] = {
     "form": "lora",
@@ -80,7 +81,7 @@ def all_methods(config: Config) -> dict[str, Method]:
 
 def _registered(config: Config) -> dict[str, Method]:
     ours = [*_stages(), *_trivial(), *_priors(), *_controls(config), *_ablations(config)]
-    methods = [*ours, *_baselines(config), *_retrieval(config)]
+    methods = [*ours, *_baselines(), *_retrieval(config)]
     return {method.name: replace(method, on_all_tasks=method.name in ON_ALL_TASKS) for method in methods}
 
 
@@ -144,8 +145,8 @@ def require_targets(methods: Sequence[Method], dataset: Dataset) -> None:
 def _stages() -> list[Method]:
     return [
         Method("base", as_itself(Tier.BASE)),
-        Method("population", as_itself(Tier.POPULATION), ALL[:1]),
-        Method("groups", as_itself(Tier.GROUPS), ALL[:2], keeps="embedding"),
+        Method("population", as_itself(Tier.POPULATION), POPULATION),
+        Method("groups", as_itself(Tier.GROUPS), GROUPS, keeps="embedding"),
         Method("users", as_itself(Tier.USERS), ALL, keeps="adapter"),
         Method(STATIC_EXPORT, exported, ALL, keeps="export"),
         Method(USERS_INT8, in_eight_bits, ALL, keeps="int8"),
@@ -184,21 +185,11 @@ def _controls(config: Config) -> list[Method]:
         "router": "default",
         "constraint": {"kind": "none"},
     }
-    shuffled = DerivedRun("shuffled", train_stages, (Stage.POPULATION,), derive=_shuffled, seeded=True)
+    shared = DerivedRun("groups-shared-e", train_one_user, POPULATION)
+    shuffled = DerivedRun("shuffled", train_stages, POPULATION, derive=_shuffled, seeded=True)
     return [
-        Method(
-            "population-more",
-            as_itself(Tier.GROUPS),
-            GROUPS,
-            DerivedRun("population-more", train_stages, (Stage.POPULATION,), {"groups": more}),
-        ),
-        Method(
-            "groups-shared-e",
-            as_one(Tier.GROUPS, SINGLE_USER),
-            GROUPS,
-            DerivedRun("groups-shared-e", train_one_user, (Stage.POPULATION,)),
-            pools_users=True,
-        ),
+        _derived("population-more", as_itself(Tier.GROUPS), GROUPS, train_stages, POPULATION, {"groups": more}),
+        Method("groups-shared-e", as_one(Tier.GROUPS, SINGLE_USER), GROUPS, shared, pools_users=True),
         Method("swapped", as_another, ALL, keeps="adapter", targets=2),
         Method("shuffled", as_itself(Tier.USERS), ALL, shuffled, keeps="adapter", targets=2),
     ]
@@ -213,9 +204,7 @@ def _ablations(config: Config) -> list[Method]:
         _groups("groups-no-constraint", {"constraint": {**config.groups.constraint.model_dump(), "kind": "none"}}),
         _groups("constraint-experts", {"constraint": {**config.groups.constraint.model_dump(), "kind": "experts"}}),
         # The architecture and losses of the preset, but the run's learning rates, since the preset's are for 7 B.
-        Method(
-            "released", as_itself(Tier.USERS), ALL, DerivedRun("released", train_stages, (), released), keeps="adapter"
-        ),
+        _derived("released", as_itself(Tier.USERS), ALL, train_stages, (), released, keeps="adapter"),
         _users("users-no-router", config, "none"),
         _users("users-residual", config, "residual"),
         _users("users-paper", config, "paper"),
@@ -223,51 +212,50 @@ def _ablations(config: Config) -> list[Method]:
 
 
 def _groups(name: str, settings: Mapping[str, Any]) -> Method:
-    variant = DerivedRun(name, train_stages, (Stage.POPULATION,), {"groups": settings})
-    return Method(name, as_itself(Tier.GROUPS), GROUPS, variant, keeps="embedding")
+    groups = {"groups": settings}
+    return _derived(name, as_itself(Tier.GROUPS), GROUPS, train_stages, POPULATION, groups, keeps="embedding")
 
 
 def _users(name: str, config: Config, router: str) -> Method:
-    variant = DerivedRun(name, train_stages, GROUPS, {"users": {"router": router}})
-    same = config.users.router == router
-    return Method(name, as_itself(Tier.USERS), ALL, None if same else variant, keeps="adapter")
+    users = {"users": {"router": router}}
+    found = _derived(name, as_itself(Tier.USERS), ALL, train_stages, GROUPS, users, keeps="adapter")
+    return replace(found, variant=None) if config.users.router == router else found
 
 
-def _baselines(config: Config) -> list[Method]:
+def _baselines() -> list[Method]:
     oppu = {"users": OPPU, "groups": {"target_modules": OPPU_MODULES, "layers": "all"}}
-    without_router = {"users": {"router": "none", "form": "lora"}}
-    own = (Stage.POPULATION, Stage.USERS)
-    variants = {
-        "per-user-only": DerivedRun("per-user-only", train_per_user, (), without_router),
-        "end-to-end": DerivedRun("end-to-end", train_end_to_end, (), without_router),
-        "end-to-end-steps": DerivedRun("end-to-end-steps", train_equal_steps, (), without_router),
-        "poly": DerivedRun("poly", train_poly, (Stage.POPULATION,)),
-        "oppu": DerivedRun("oppu", train_per_user, (Stage.POPULATION,), oppu),
-        "oppu-released": DerivedRun("oppu-released", train_leaking, (Stage.POPULATION,), oppu),
-    }
+    plain = {"users": {"router": "none", "form": "lora"}}
+    joint, own = (Stage.GROUPS, Stage.USERS), (Stage.POPULATION, Stage.USERS)
     return [
-        Method("per-user-only", answer_per_user, (Stage.USERS,), variants["per-user-only"], keeps="adapter"),
-        Method("end-to-end", answer_end_to_end, (Stage.GROUPS, Stage.USERS), variants["end-to-end"], keeps="adapter"),
-        Method(
-            "end-to-end-steps",
-            answer_end_to_end,
-            (Stage.GROUPS, Stage.USERS),
-            variants["end-to-end-steps"],
-            keeps="adapter",
-        ),
-        Method("poly", answer_poly, GROUPS, variants["poly"], keeps="embedding"),
-        Method("oppu", answer_per_user, own, variants["oppu"], keeps="adapter"),
-        Method("oppu-released", answer_per_user, own, variants["oppu-released"], keeps="adapter"),
+        _derived("per-user-only", answer_per_user, (Stage.USERS,), train_per_user, (), plain, keeps="adapter"),
+        _derived("end-to-end", answer_end_to_end, joint, train_end_to_end, (), plain, keeps="adapter"),
+        _derived("end-to-end-steps", answer_end_to_end, joint, train_equal_steps, (), plain, keeps="adapter"),
+        _derived("poly", answer_poly, GROUPS, train_poly, POPULATION, keeps="embedding"),
+        _derived("oppu", answer_per_user, own, train_per_user, POPULATION, oppu, keeps="adapter"),
+        _derived("oppu-released", answer_per_user, own, train_leaking, POPULATION, oppu, keeps="adapter"),
     ]
+
+
+def _derived(
+    name: str,
+    answer: Answer,
+    stages: tuple[Stage, ...],
+    train: Callable[[TrainingWork], None],
+    inherits: tuple[Stage, ...],
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    keeps: PerUser = "nothing",
+) -> Method:
+    """Return a method that answers from a derived run of its own name."""
+    return Method(name, answer, stages, DerivedRun(name, train, inherits, settings or {}), keeps)
 
 
 def _retrieval(config: Config) -> list[Method]:
     own = retrieved_run(config, config.retrieval.k)
-    population = as_itself(Tier.POPULATION)
+    answer = as_itself(Tier.POPULATION)
     return [
-        Method("rag", population, ALL[:1], own, keeps="history"),
-        *(Method(f"rag-{k}", population, ALL[:1], retrieved_run(config, k), keeps="history") for k in (1, 2, 4)),
-        Method("pag", population, ALL[:1], DerivedRun("pag", train_stages, derive=add_profile), keeps="history"),
+        Method("rag", answer, POPULATION, own, keeps="history"),
+        *(Method(f"rag-{k}", answer, POPULATION, retrieved_run(config, k), keeps="history") for k in (1, 2, 4)),
+        Method("pag", answer, POPULATION, DerivedRun("pag", train_stages, derive=add_profile), keeps="history"),
         Method("users+rag", as_itself(Tier.USERS), ALL, own, keeps="adapter"),
     ]
 

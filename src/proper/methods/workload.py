@@ -81,7 +81,7 @@ def count(config: Config, dataset: Dataset) -> Counts:
     longest, seed = config.compute.max_length, config.evaluation.seeds[0]
     first = config.population
     sample = stage_sample(dataset, "population", config, seed)
-    rows, held_out = hold_out(sample, first.validation if first.patience else 0.0, longest)
+    rows, held_out = hold_out(sample, first.held_out_share, longest)
     experts = stage_sample(dataset, "groups", config, seed)
     histories = tuple(
         tuple(min(row.tokens, longest) for row in dataset.history(user.id))

@@ -32,8 +32,8 @@ from proper.training.trainer import LossSum, TrainableStage, TrainingPlan, train
 class GroupsStage:
     """The `TrainableStage` of experts, routers and user embeddings for the training loop.
 
-    The constraint couples all users of a batch, so a batch cannot be computed in parts. One of more than `whole` tokens
-    recomputes its activations in the backward pass instead, to save memory.
+    The constraint couples all users of a batch, so a batch cannot be computed in parts. One of more than `batch_tokens`
+    tokens recomputes its activations in the backward pass instead, to save memory.
 
     Attributes:
         embeddings: e_u of every user (U, D), fp32, initialized from N(0, `groups.embedding_init`^2).
@@ -48,9 +48,9 @@ class GroupsStage:
         users: Sequence[str],
         seed: int,
         accelerator: Accelerator,
-        whole: float = math.inf,
+        batch_tokens: float = math.inf,
     ) -> None:
-        self.model, self.config, self.accelerator, self.whole = model, config, accelerator, whole
+        self.model, self.config, self.accelerator, self.batch_tokens = model, config, accelerator, batch_tokens
         self.index = {user: at for at, user in enumerate(users)}
         self.embeddings = first_embeddings(config, len(users), model.embedding_size, seed)
         self.optimizer = RowAdamW.of(self.embeddings)
@@ -73,7 +73,7 @@ class GroupsStage:
 
     def saving_memory(self, batch: Batch) -> AbstractContextManager[None]:
         """Return the context of a batch's forward pass, in which a large batch does not keep its activations."""
-        large = batch.input_ids.numel() > self.whole and not self.config.gradient_checkpointing
+        large = batch.input_ids.numel() > self.batch_tokens and not self.config.gradient_checkpointing
         # Nothing to switch on for the others: it takes a walk over all modules. The stage may have switched it on.
         return gradient_checkpointing(self.model.backbone.model, True) if large else nullcontext()
 
@@ -94,7 +94,7 @@ class GroupsStage:
         warm = 1.0 if progress >= constraint.warmup else progress / constraint.warmup
         return warm * constraint.weight * constraint_loss(constraint.kind, self.model.routing.stacked())
 
-    def after_backward(self, rate_factor: float, share: float) -> None:
+    def after_backward(self, rate_factor: float) -> None:
         """Update the embeddings of this step's users, with gradients summed over all processes."""
         gradients: dict[int, Tensor] = {}
         for index, own in self._pending:

@@ -34,7 +34,7 @@ from proper.training.jobs import Done, FitProgress, FitResult, Job, Jobs, refusa
 from proper.training.memory import pending_rows
 from proper.training.metrics_log import Log
 from proper.training.microbatching import Work, micro_batches, padded_tokens, row_losses
-from proper.training.optim import RowAdamW, clip_row_, rate_factors
+from proper.training.optim import RowAdamW, clip_row_, rate_factor
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ class MultiUserTrainer:
         if bad:
             self._remove(bad)
             return None
-        rates, each = self.rate * self._factors(list(chosen)), (gradients[slot] for slot in chosen)
+        rates, each = [self._rate(slot) for slot in chosen], (gradients[slot] for slot in chosen)
         self.optimizer.step(self.bank.values, torch.tensor(list(chosen)), each, rates)
         self.steps += 1
         for slot, (_, state) in occupied.items():
@@ -203,11 +203,11 @@ class MultiUserTrainer:
             self._quarantine(*self.job_in(slot), reason)
             self.slots[slot] = None
 
-    def _factors(self, slots: list[int]) -> Tensor:
-        jobs, states = zip(*map(self.job_in, slots), strict=True)
-        steps = torch.tensor([state.step for state in states])
-        totals = torch.tensor([job.steps_per_pass(self.each) * (job.horizon or job.epochs) for job in jobs])
-        return rate_factors(steps, totals, self.config.warmup, self.config.schedule).to(self.bank.values.device)
+    def _rate(self, slot: int) -> float:
+        """Return the learning rate of a slot's next step, by the schedule of its own job."""
+        job, state = self.job_in(slot)
+        steps = job.steps_per_pass(self.each) * (job.horizon or job.epochs)
+        return self.rate * rate_factor(state.step, steps, self.config.warmup, self.config.schedule)
 
     def _pass_ended(self) -> None:
         """Compute the held-out loss of users who have just ended a pass, and free the slots of finished users."""

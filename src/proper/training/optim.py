@@ -9,7 +9,7 @@ count.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,19 +41,6 @@ def rate_factor(step: int, total: int, warmup: float, schedule: str) -> float:
     if schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * progress))
     return 1 - progress if schedule == "linear" else 1.0
-
-
-def rate_factors(steps: Tensor, totals: Tensor, warmup: float, schedule: str) -> Tensor:
-    """Return `rate_factor` for many users at once, each with its own step and total."""
-    steps, totals = steps.double(), totals.double().clamp(min=1)
-    warm = (warmup * totals).ceil()
-    progress = (steps - warm) / (totals - warm).clamp(min=1)
-    falling = {
-        "cosine": 0.5 * (1 + (math.pi * progress).cos()),
-        "linear": 1 - progress,
-        "constant": torch.zeros_like(progress) + 1,
-    }[schedule]
-    return torch.where(steps < warm, (steps + 1) / (warm + 1), falling)
 
 
 @dataclass
@@ -89,12 +76,12 @@ class RowAdamW:
         values: Float[Tensor, "N P"],
         rows: Int[Tensor, "n"],
         gradients: Iterable[Float[Tensor, "P"]],
-        rates: Float[Tensor, "n"] | float,
+        rates: Sequence[float] | float,
     ) -> None:
         """Update `values[rows]` by one step, each at its own rate; `rows` are distinct, `gradients` in their order."""
         self.steps[rows] += 1
         counts = self.steps[rows].tolist()
-        each = torch.as_tensor(rates, dtype=torch.float64).expand(len(counts)).tolist()
+        each = rates if isinstance(rates, Sequence) else [rates] * len(counts)
         # Update row by row, in place: a row stays in the CPU cache for all passes over it.
         for row, gradient, count, rate in zip(rows.tolist(), gradients, counts, each, strict=True):
             self._move(values[row], row, gradient, count, rate)

@@ -66,7 +66,7 @@ class PopulationStage:
             layer.train()
         return found.total, found.tokens
 
-    def after_backward(self, rate_factor: float, share: float) -> None:
+    def after_backward(self, rate_factor: float) -> None:
         """Do nothing: AdamW updates all parameters."""
 
     def state(self) -> dict[str, Tensor]:

@@ -172,7 +172,7 @@ def train_privately(
                 group["lr"] = plan.rate * scale
             metrics = _step(stage, plan, plan.privacy, draws, step)
             optimizer.step()
-            stage.after_backward(scale, 1.0)
+            stage.after_backward(scale)
             if metrics is not None:
                 metrics |= {"learning_rate": plan.rate * scale, "seconds": round(time.perf_counter() - started, 4)}
                 plan.log(metrics)
@@ -252,9 +252,7 @@ def _user_gradient(
     for part in parts_of(rows, plan.batch_tokens) if stage.in_parts else [rows]:
         batch = collate(part, plan.pad, parameters[0].device)
         loss = stage.loss(batch, step / steps)
-        objective = loss.total / answers
-        if loss.penalty is not None:
-            objective = objective + loss.penalty
+        objective = loss.objective(answers)
         require_finite(objective, stage.name, step, part)
         torch.autograd.backward(objective)
         total += float(loss.total.detach())

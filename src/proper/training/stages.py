@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import cached_property
@@ -143,18 +144,13 @@ class StageRunner:
         self._require_untrained(Stage.GROUPS, "a population that no longer exists")
         config = self.config.population
         sample = stage_sample(self.dataset, "population", self.config, self.seed)
-        share = config.validation if config.patience else 0.0
-        rows, held_out = hold_out(sample, share, self.config.compute.max_length)
-
-        def work() -> None:
+        rows, held_out = hold_out(sample, config.held_out_share, self.config.compute.max_length)
+        sizes = {"rows": rows.size, "tokens": rows.tokens, "held_out_rows": len(held_out)}
+        with self._recorded(Stage.POPULATION, sizes) as metadata:
             plan = self._plan("population", rows)
             train_population(self.backbone, config, plan, held_out, self.accelerator, folder)
-
             if self.accelerator.is_main_process:
                 metadata["sha256"] = hash_file(folder / PEFT_WEIGHTS)
-
-        metadata: dict[str, Any] = {"rows": rows.size, "tokens": rows.tokens, "held_out_rows": len(held_out)}
-        self._record(Stage.POPULATION, work, metadata)
 
     def _groups(self, model: ProperModel, wanted: bool) -> None:
         if self._is_done(Stage.GROUPS, wanted):
@@ -166,17 +162,14 @@ class StageRunner:
         sample = stage_sample(self.dataset, "groups", self.config, self.seed)
         role: Role | None = "target" if config.train_on == "targets" else None
         users = [user.id for user in self.dataset.users(role) if user.history > 0]
-        metadata: dict[str, Any] = {"rows": sample.size, "tokens": sample.tokens, "users": len(users)}
-
-        def work() -> None:
+        sizes = {"rows": sample.size, "tokens": sample.tokens, "users": len(users)}
+        with self._recorded(Stage.GROUPS, sizes) as metadata:
             self._settle_experts(model, users, sample)
             metadata["experts"] = self.config.groups.experts
             embeddings = self._train_groups(model, users, self._plan("groups", sample))
             if self.accelerator.is_main_process:
                 self._save_groups(model, users, embeddings)
                 self._save_encoder(model, users, embeddings, sample)
-
-        self._record(Stage.GROUPS, work, metadata)
 
     def _settle_experts(self, model: ProperModel, users: Sequence[str], sample: SampledRows) -> None:
         """Replace `groups.experts: auto` by the number that a first training finds."""
@@ -221,16 +214,12 @@ class StageRunner:
         model.add_lora_router(self.config.users)
         store = AdapterStore(self.run_folder.users.path)
         stage = self._user_stage(model, store, elsewhere)
-        metadata: dict[str, Any] = {"users": len(stage.users)}
-
-        def work() -> None:
+        with self._recorded(Stage.USERS, {"users": len(stage.users)}) as metadata:
             train_bases(stage, self.run_folder.users.bases)
             store.bind(bases_digest(self.run_folder.users.bases))
             trained = train_users(replace(stage, starts=train_start(stage, self.run_folder.users.start)))
             metadata["choice"] = asdict(trained.choice)
             save_tensors(self.run_folder.users.router, trained.router, {})
-
-        self._record(Stage.USERS, work, metadata)
         shutil.rmtree(stage.folder, ignore_errors=True)
         store.close()
 
@@ -282,15 +271,16 @@ class StageRunner:
                 f"{self.folder / stage}: was trained on {lost}; delete it too, and run again to train both"
             )
 
-    def _record(self, stage: Stage, work: Callable[[], None], metadata: dict[str, Any]) -> None:
-        """Run a stage's work, then write its `stage.json`."""
-        started = time.perf_counter()
-        work()
+    @contextmanager
+    def _recorded(self, stage: Stage, sizes: Mapping[str, int]) -> Iterator[dict[str, Any]]:
+        """Write `stage.json` after the block, which trains the stage and may add to the metadata that this yields."""
+        started, metadata = time.perf_counter(), dict[str, Any](sizes)
+        yield metadata
         give_back_memory()
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             seconds = round(time.perf_counter() - started, 3)
-            metadata = {**metadata, "seed": self.seed, "seconds": seconds, "backbone": self.backbone.digest}
+            metadata |= {"seed": self.seed, "seconds": seconds, "backbone": self.backbone.digest}
             if stage != Stage.USERS and self.guarantee is not None:
                 metadata["privacy"] = self.guarantee.metadata()
             write_json(self.run_folder.marker(stage), metadata)

@@ -39,6 +39,11 @@ class LossSum:
     tokens: Tensor
     penalty: Tensor | None = None
 
+    def objective(self, answers: Tensor | float, weight: float = 1.0) -> Tensor:
+        """Return what is minimized: the share of this batch in the mean over `answers` tokens, and in the penalty."""
+        mean = self.total / answers
+        return mean if self.penalty is None else mean + self.penalty * weight
+
 
 class TrainableStage(Protocol):
     """The interface of stages 1 and 2 to the training loop.
@@ -58,7 +63,7 @@ class TrainableStage(Protocol):
     def loss(self, batch: Batch, progress: float) -> LossSum:
         """Return the loss of a batch; `progress` is the share of all steps that is done."""
 
-    def after_backward(self, rate_factor: float, share: float) -> None:
+    def after_backward(self, rate_factor: float) -> None:
         """Update, once per optimizer step, parameters outside AdamW (rows of absent users must not change)."""
 
     def state(self) -> dict[str, Tensor]:
@@ -206,7 +211,7 @@ def _update(
     for group in optimizer.param_groups:
         group["lr"] = plan.rate * scale
     optimizer.step()
-    stage.after_backward(scale, 1 / world)
+    stage.after_backward(scale)
     mean = _sum(accelerator, total) / answers
     return {
         "stage": stage.name,
@@ -239,10 +244,9 @@ def _backward(
             continue
         batch = collate(share, plan.pad, accelerator.device)
         loss = stage.loss(batch, step / plan.updates)
-        objective = loss.total / answers
+        weight = 1 / (len(shares) * accelerator.num_processes)
+        objective = loss.objective(answers, weight)
         if loss.penalty is not None:
-            weight = 1 / (len(shares) * accelerator.num_processes)
-            objective = objective + loss.penalty * weight
             penalties += float(loss.penalty.detach()) * weight
         require_finite(objective, stage.name, step, share)
         accelerator.backward(objective)

@@ -22,7 +22,7 @@ from proper.files import write_json
 from proper.json_records import read_record
 from proper.layers.bank import AdapterBank
 from proper.training.held_out import item_variance, per_token, spread
-from proper.training.jobs import HistoryJobs, full_passes, refusal
+from proper.training.jobs import PARTS, HistoryJobs, full_passes, refusal
 from proper.training.microbatching import item_losses
 from proper.training.pooled_choice import Choice, TrialCurve, choose
 from proper.training.tier_selection import Trial, decide, refused
@@ -70,9 +70,9 @@ def _trials(stage: UserStage) -> tuple[list[Trial], Choice, Quarantined]:
     store = AdapterStore(stage.folder / "trial")
     try:
         if not path.exists():
-            part = {} if stage.choice is None else {"part": stage.choice.part}
-            fit_adapters(stage, AdapterPhase("trial", stage.jobs(stage.able, True, **part), store))
-            jobs = stage.jobs(fitted(stage, stage.able, store), True, **part)
+            part = PARTS if stage.choice is None else stage.choice.part
+            fit_adapters(stage, AdapterPhase("trial", stage.jobs(stage.able, trial=True, part=part), store))
+            jobs = stage.jobs(fitted(stage, stage.able, store), trial=True, part=part)
             curves = [_curve(stage, jobs, at, store) for at in range(len(jobs))]
             choice = stage.choice or choose(curves)
             trials = [curve.at(choice) for curve in curves]
