@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow
 import pytest
@@ -14,6 +15,9 @@ from pyarrow import parquet
 from experiments import data, jobs, queue
 from experiments.questions import QUESTIONS
 from experiments.sources import FURTHER
+
+if TYPE_CHECKING:
+    from tests.experiments.conftest import MakeJob
 
 
 def article(user: str, item: str) -> dict[str, Any]:
@@ -109,50 +113,33 @@ def test_papers_and_articles_are_made_one_file_in_which_only_huffpost_s_authors_
     assert {(row["input"].splitlines()[-1], row["output"]) for row in of["huffpost-ann"]} == {("Headline:", "H")}
 
 
-def test_a_job_leaves_what_the_page_needs_and_is_then_done(
-    backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = tmp_path / "rows.jsonl"
-    with rows.open("w", encoding="utf-8") as file:
-        for user in ("ann", "bob", "eve"):
-            for at in range(16):
-                asked, answer = (
-                    ("Colour", "red" if user == "ann" else "blue") if at % 2 else ("Name", f"{user} {at % 3}")
-                )
-                same = {"user_id": user, "timestamp": at // 2, "item_id": f"{user}{at // 2}"}
-                file.write(json.dumps({**same, "input": f"thing {at // 2}\n{asked}:", "output": answer}) + "\n")
-        file.write(json.dumps({"user_id": "ann", "timestamp": 9, "item_id": "x", "input": "?", "output": ""}) + "\n")
-    settings = {
-        "data": {"path": rows.name},  # from where it is run, as in configs/
-        "task": {"max_new_tokens": 3},
-        "backbone": str(backbone_folder),
-        "compute": {"dtype": "fp32", "max_length": 64, "device": "cpu"},
-        "split": {"min_history": 3, "queries": 0.3},
-        "population": {"epochs": 1},
-        "groups": {"epochs": 1, "user_embedding": 16},
-        "evaluation": {"resamples": 100},
-    }
-    (tmp_path / "config.yaml").write_text(json.dumps(settings), encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    for module in (jobs, queue):
-        monkeypatch.setattr(module, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(jobs, "RESULTS", tmp_path / "results")
+def rows_of_two_tasks() -> Iterator[dict[str, Any]]:
+    """Yield rows of three users, who are asked for a colour and a name in turn, and a row that is skipped."""
+    for user in ("ann", "bob", "eve"):
+        for at in range(16):
+            asked, answer = ("Colour", "red" if user == "ann" else "blue") if at % 2 else ("Name", f"{user} {at % 3}")
+            same = {"user_id": user, "timestamp": at // 2, "item_id": f"{user}{at // 2}"}
+            yield {**same, "input": f"thing {at // 2}\n{asked}:", "output": answer}
+    yield {"user_id": "ann", "timestamp": 9, "item_id": "x", "input": "?", "output": ""}
+
+
+def test_a_job_leaves_what_the_page_needs_and_is_then_done(make_job: MakeJob, tmp_path: Path) -> None:
     changed = "groups[groups.experts=2]"
-    job = jobs.Job(
-        **{
-            "name": "tried",
-            "run": "tiny",
-            "config": str(tmp_path / "config.yaml"),
-            "sources": (str(rows),),
-            "made": None,
+    job = make_job(
+        rows_of_two_tasks(),
+        {
+            "task": {"max_new_tokens": 3},
+            "groups": {"epochs": 1, "user_embedding": 16},
+            "evaluation": {"resamples": 100},
         },
-        **{
-            "seeds": (0, 1),
-            "minutes": 1,
-            "methods": ("user-majority", "population", "groups", changed),
-            "stages": ("population", "groups"),
-        },
-        **{"questions": (3,), "against": ("population",), "slice": "bottom-100", "routing": True},
+        name="tried",
+        seeds=(0, 1),
+        methods=("user-majority", "population", "groups", changed),
+        stages=("population", "groups"),
+        questions=(3,),
+        against=("population",),
+        slice="bottom-100",
+        routing=True,
         tasks=(("Colour", "classification"), ("Name", "generation")),
         skip_bad_rows=True,
     )

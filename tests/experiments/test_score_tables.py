@@ -6,7 +6,7 @@ import json
 import random
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given, settings
@@ -17,6 +17,9 @@ from experiments.score_tables import EFFORT, cell_of, merged
 from proper.evaluation.metrics import Prediction, TaskInfo
 from proper.evaluation.results import RawResults, build_results
 from proper.evaluation.scoring import score_all
+
+if TYPE_CHECKING:
+    from tests.experiments.conftest import MakeJob
 
 SETS = {
     "rating": TaskInfo("stars", "rating", ("1", "2", "3")),
@@ -98,35 +101,14 @@ def test_a_pair_is_compared_over_the_seeds_that_both_have() -> None:
 
 
 def test_a_job_runs_the_cells_that_its_table_lacks(
-    backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = tmp_path / "rows.jsonl"
-    with rows.open("w", encoding="utf-8") as file:
-        for user in ("ann", "bob", "eve"):
-            for at in range(12):
-                file.write(
-                    json.dumps({"user_id": user, "timestamp": at, "input": f"{at}:", "output": user[: at % 3 + 1]})
-                    + "\n"
-                )
-    config = {
-        **{"data": {"path": rows.name}, "backbone": str(backbone_folder), "population": {"epochs": 1}},
-        "compute": {"dtype": "fp32", "max_length": 64, "device": "cpu"},
-        "split": {"min_history": 3, "queries": 0.3},
-    }
-    (tmp_path / "config.yaml").write_text(json.dumps(config), encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    for module in (jobs, queue):
-        monkeypatch.setattr(module, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(jobs, "RESULTS", tmp_path / "results")
-    made: dict[str, Any] = {
-        "config": str(tmp_path / "config.yaml"),
-        "sources": (str(rows),),
-        "made": None,
-        "minutes": 1,
-    }
-    job = jobs.Job(
-        name="one", run="tiny", table="whole", seeds=(0,), methods=("population",), stages=("population",), **made
+    rows = (
+        {"user_id": user, "timestamp": at, "input": f"{at}:", "output": user[: at % 3 + 1]}
+        for user in ("ann", "bob", "eve")
+        for at in range(12)
     )
+    job = make_job(rows, {}, name="one", table="whole", seeds=(0,), methods=("population",), stages=("population",))
     log = tmp_path / "runs" / "one.log"
     queue.run_job(job)
     assert jobs.state(job, {}) == "done" and log.read_text(encoding="utf-8").count("read interactions") == 1
