@@ -18,13 +18,14 @@ from proper.adapters.store_urls import record_store
 from proper.adapters.tombstones import Tombstones
 from proper.config import Config, load_config, make_config
 from proper.console import progress, quiet_libraries
+from proper.data.checks import require_query_of_each_task
 from proper.data.database import get_meta
 from proper.data.dataset import Dataset, left_out_users, prepare
 from proper.data.demo import DemoSettings, demo_run, write_demo
 from proper.data.demo.users import DemoTask
 from proper.data.label_tree import require_distinct
 from proper.data.stage_sample import SHARED_STAGES, stage_sample
-from proper.data.summary import require_query_of_each_task, summarize, truncation, untimed
+from proper.data.summary import summarize, truncation, untimed
 from proper.errors import ConfigError, DataError, ProperError, did_you_mean
 from proper.evaluation.harness import Harness
 from proper.evaluation.power import expected_power

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proper.config import make_config
+from proper.data.checks import require_no_leaks
 from proper.data.dataset import Dataset, prepare
 from proper.data.item_evidence import neutral
 from proper.data.rows import parse_template
-from proper.data.summary import require_no_leaks
 from proper.errors import DataError
 from tests.data.conftest import count_words
 

@@ -12,7 +12,7 @@ import pytest
 
 from proper.config import Config
 from proper.config.lamp_tasks import LAMP_TASKS
-from proper.data.summary import leaks
+from proper.data.checks import leaks
 from proper.errors import DataError
 from tests import lamp_files
 from tests.data.lamp_reading import bad_rows, config, edit, rows

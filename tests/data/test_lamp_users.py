@@ -8,8 +8,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from proper.data.checks import leaks
 from proper.data.histories import TextExample
-from proper.data.summary import leaks, summarize
+from proper.data.summary import summarize
 from proper.data.text_files import json_entries
 from tests import lamp_files
 from tests.data.lamp_reading import config, edit, rows

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from proper.data.checks import leaks, require_no_leaks
 from proper.data.dataset import Dataset
 from proper.data.derived.copies import cut_queries, rewrite, shuffle_users
 from proper.data.derived.retrieval import Kind, add_profiles, retrieve, template_profile
-from proper.data.summary import leaks, require_no_leaks
 from proper.errors import DataError
 
 

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from proper.data.checks import leaks
 from proper.data.dataset import Dataset
 from proper.data.histories import TextExample
 from proper.data.ingest import normalize
 from proper.data.splits import AFTER_CUTOFF, BEYOND_BUDGET, HELD_OUT, NO_TIME, OTHERS_QUERY_ITEM, SHARED
-from proper.data.summary import leaks, summarize
+from proper.data.summary import summarize
 from proper.errors import DataError
 
 Build = Callable[..., Dataset]

@@ -14,8 +14,8 @@ import torch
 
 from proper import pipeline
 from proper.config import Config
+from proper.data.checks import require_no_leaks
 from proper.data.dataset import Dataset
-from proper.data.summary import require_no_leaks
 from proper.errors import ConfigError
 from proper.inference.loading import load
 from proper.inference.score import score

@@ -19,10 +19,10 @@ from torch import Tensor
 from proper.adapters.store import AdapterStore
 from proper.config import Config
 from proper.console import progress
+from proper.data.checks import queries_seen_by_others, require_no_leaks, require_queries, targets_outside
 from proper.data.dataset import Dataset
 from proper.data.one_task import one_task
 from proper.data.stage_sample import stage_sample
-from proper.data.summary import queries_seen_by_others, require_no_leaks, require_queries, targets_outside
 from proper.evaluation.fingerprint import code_version, served_version
 from proper.evaluation.lamp_predictions import write_lamp_predictions
 from proper.evaluation.metrics import Prediction, TaskInfo

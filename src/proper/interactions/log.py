@@ -14,58 +14,17 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
-from sqlalchemy import bindparam, delete, func, select
-
 from proper.adapters.manifest import key_of, user_of
 from proper.adapters.tombstones import Tombstones
 from proper.data.values import MAX_ID_LENGTH, is_written_null
 from proper.databases.shared import Owner
-from proper.databases.statements import Statement, of_user, row_of
-from proper.databases.tables import FITS, INTERACTIONS, UPDATES, USERS
 from proper.errors import InputError
+from proper.interactions import log_statements as sql
 from proper.interactions.database import Database
 from proper.interactions.deletion_jobs import Deletions
 from proper.interactions.fit_queue import Claim, FitQueue
 from proper.interactions.updates import Updates
 from proper.run_folder import UsersFolder
-
-_PAGE = 1000
-
-_KNOWS = Statement(lambda _: select(USERS.c.user).where(of_user(USERS)))
-_ADD_USER = Statement(lambda insert: insert(USERS).on_conflict_do_nothing())
-_USERS = select(USERS.c.user).where(USERS.c.tenant == bindparam("tenant")).order_by(USERS.c.user).limit(_PAGE)
-_FIRST_USERS = Statement(lambda _: _USERS)
-_NEXT_USERS = Statement(lambda _: _USERS.where(USERS.c.user > bindparam("after")))
-_OWNERS = Statement(lambda _: select(USERS))
-_TEXTS = Statement(
-    lambda _: (
-        select(*(INTERACTIONS.c[name] for name in ("number", "tenant", "user", "prompt", "target", "id")))
-        .where(INTERACTIONS.c.number > bindparam("last"))
-        .order_by(INTERACTIONS.c.number)
-        .limit(_PAGE)
-    )
-)
-_OWN = of_user(INTERACTIONS)
-_ADD = Statement(
-    lambda insert: insert(INTERACTIONS).values(row_of(INTERACTIONS, without="number")).on_conflict_do_nothing()
-)
-_CONTENT = Statement(
-    lambda _: select(INTERACTIONS.c.prompt, INTERACTIONS.c.target, INTERACTIONS.c.time).where(
-        _OWN, INTERACTIONS.c.id == bindparam("id")
-    )
-)
-_COUNT = Statement(lambda _: select(func.count()).select_from(INTERACTIONS).where(_OWN))
-_OF = Statement(
-    lambda _: (
-        select(*(INTERACTIONS.c[name] for name in ("number", "id", "prompt", "target", "time", "received")))
-        .where(_OWN)
-        .order_by(INTERACTIONS.c.number)
-    )
-)
-_REMOVALS = [
-    Statement(lambda _, table=table: delete(table).where(of_user(table)))  # type: ignore[misc]
-    for table in (INTERACTIONS, FITS, UPDATES, USERS)
-]
 
 
 class ConflictError(InputError):
@@ -203,7 +162,7 @@ class InteractionLog:
     def _add_user(self, tenant: str, user: str, entries: Sequence[LogEntry], now: float, new: bool) -> int:
         self._require_present(tenant, user, new)
         key, accepted = key_of(user), 0
-        added = self.database.write(_ADD_USER, {"tenant": tenant, "user": key})
+        added = self.database.write(sql.ADD_USER, {"tenant": tenant, "user": key})
         if new and not added:
             raise ExistsError(f"there is a user {user!r} already")
         for at, entry in enumerate(entries):
@@ -243,45 +202,45 @@ class InteractionLog:
         """Add one interaction; return whether it was new."""
         own = {"tenant": tenant, "user": key, "id": entry.key}
         content = {"prompt": entry.prompt, "target": entry.target, "time": entry.time}
-        if self.database.write(_ADD, {**own, **content, "received": now}):
+        if self.database.write(sql.ADD, {**own, **content, "received": now}):
             return True
-        if self.database.read(_CONTENT, own) != [tuple(content.values())]:
+        if self.database.read(sql.CONTENT, own) != [tuple(content.values())]:
             what = f"the interaction {entry.key!r} of user {user_of(key)!r}"
             raise ConflictError(f"{what} exists already with other content", at)
         return False
 
     def knows(self, tenant: str, user: str) -> bool:
         """Return whether the log knows a user."""
-        return bool(self.database.read(_KNOWS, {"tenant": tenant, "user": key_of(user)}))
+        return bool(self.database.read(sql.KNOWS, {"tenant": tenant, "user": key_of(user)}))
 
     def users(self, tenant: str, after: str | None = None) -> Iterator[str]:
         """Yield a tenant's users, ordered by id in UTF-8, from the beginning or `after` a user."""
         if after is None:
-            page = self.database.read(_FIRST_USERS, {"tenant": tenant})
+            page = self.database.read(sql.FIRST_USERS, {"tenant": tenant})
         else:
-            page = self.database.read(_NEXT_USERS, {"tenant": tenant, "after": key_of(after)})
+            page = self.database.read(sql.NEXT_USERS, {"tenant": tenant, "after": key_of(after)})
         while page:
             yield from (user_of(key) for (key,) in page)
-            page = self.database.read(_NEXT_USERS, {"tenant": tenant, "after": page[-1][0]})
+            page = self.database.read(sql.NEXT_USERS, {"tenant": tenant, "after": page[-1][0]})
 
     def owners(self) -> list[tuple[str, bytes]]:
         """Return tenant and key of every user of every tenant."""
-        return self.database.read(_OWNERS)
+        return self.database.read(sql.OWNERS)
 
     def texts(self) -> Iterator[tuple[str, bytes, str, str, str]]:
         """Yield tenant, key, prompt, target and id of every interaction of every user."""
         last = 0
-        while page := self.database.read(_TEXTS, {"last": last}):
+        while page := self.database.read(sql.TEXTS, {"last": last}):
             yield from (tuple(row[1:]) for row in page)
             last = page[-1][0]
 
     def count(self, tenant: str, user: str) -> int:
         """Return the number of interactions of a user."""
-        return int(self.database.read(_COUNT, {"tenant": tenant, "user": key_of(user)})[0][0])
+        return int(self.database.read(sql.COUNT, {"tenant": tenant, "user": key_of(user)})[0][0])
 
     def interactions(self, tenant: str, user: str) -> list[LoggedInteraction]:
         """Return all of a user's interactions in the order of arrival."""
-        rows = self.database.read(_OF, {"tenant": tenant, "user": key_of(user)})
+        rows = self.database.read(sql.OF, {"tenant": tenant, "user": key_of(user)})
         return [LoggedInteraction(*row) for row in rows]
 
     @contextmanager
@@ -293,7 +252,7 @@ class InteractionLog:
         """
         with self.database.transaction():
             self.queue.withdraw(tenant, user)
-            for removal in _REMOVALS:
+            for removal in sql.REMOVALS:
                 self.database.write(removal, {"tenant": tenant, "user": key_of(user)})
             yield
         self.database.wipe(0)

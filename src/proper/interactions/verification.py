@@ -4,20 +4,17 @@ If the adapters of a run are in a bucket, every version of every object is searc
 
 The search is independent of the deletion: it reads every existing file, in the registry or not, as `file_contents`
 yields it, and searches for the user's id, texts and tensors (`byte_search`). Pieces of text that other users' texts
-contain too are left out, since they do not identify the user. The certificate has no content.
+contain too are left out, since they do not identify the user.
 
 A process that has one of the run's databases open must not search: closing a file drops its locks (`unused_space`).
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +24,19 @@ from proper.databases.location import Location, is_made, location_of
 from proper.errors import StoreError
 from proper.files import hash_file
 from proper.interactions.byte_search import Hit, Search
-from proper.interactions.file_contents import UNREADABLE, contents, everything_below, files_below, is_gone
+from proper.interactions.certificate import Findings, certificate, user_entry
+from proper.interactions.file_contents import UNREADABLE, contents, files_below, is_gone
 from proper.interactions.fingerprints import Fingerprints, stored_forms
 from proper.interactions.log import InteractionLog
 from proper.interactions.other_users import other_ids, texts_of_others
 from proper.interactions.personal_files import work_folder
 from proper.interactions.user_rows import logged_rows, run_rows
-from proper.run_folder import PEFT_WEIGHTS, RunFolder, kind_of, nested_runs
+from proper.run_folder import RunFolder, kind_of, nested_runs
 
 MAX_OFFSETS = 5
 """Byte offsets that the certificate names per file and kind."""
 
-_NOT_COVERED = (
-    "the file that the run was trained on (data.path) and folders that were exported",
-    "backups, snapshots of file systems, and flash storage, which may keep bytes that were overwritten",
-)
+
 _NOT_ROWS = (
     "files of the PostgreSQL server: rows were searched by query, but free space in pages, the write-ahead log, "
     "replicas and logs of the server may keep deleted rows until they are overwritten"
@@ -51,7 +46,6 @@ _NOT_IN_BUCKET = (
     "caches in copies of the run folder on other machines: a server there wipes its own within a minute, and "
     "'proper users check' at once",
 )
-_REMEDY = "train again with the user's id in the file of data.train_without"
 
 
 @dataclass(frozen=True)
@@ -60,27 +54,6 @@ class Verified:
 
     certificate: dict[str, Any]
     clean: bool
-
-
-@dataclass
-class _Findings:
-    """Results of the search so far.
-
-    Attributes:
-        found: by user, where something of the user was found.
-        searched: the files, objects and tables that were searched.
-        unreadable: those that could not be read, and why.
-    """
-
-    found: dict[str, list[dict[str, Any]]]
-    searched: list[dict[str, Any]] = field(default_factory=list)
-    unreadable: list[dict[str, str]] = field(default_factory=list)
-
-    def add(self, entry: dict[str, Any], found: Mapping[str, list[dict[str, Any]]]) -> None:
-        """Add a file that was searched, and what was found in it of each user."""
-        self.searched.append(entry)
-        for user, reports in found.items():
-            self.found[user] += reports
 
 
 def fingerprint(store: AdapterStore, log: InteractionLog, user: str, salt: bytes) -> Fingerprints:
@@ -114,30 +87,14 @@ def verify(
     """
     home = RunFolder(run).home
     searches = _searches(home, wanted)
-    findings = _Findings({user: _still_known(home, user) for user in searches})
+    findings = Findings({user: _still_known(home, user) for user in searches})
     _search_files(run, searches, findings, advance)
     location = location_of(home.users.path)
     if location is not None:
         _search_rows(location, searches, findings)
-    bucket = _search_bucket(home.path, searches, findings)
-    any_found, searched, unreadable = any(findings.found.values()), findings.searched, findings.unreadable
-    clean = not unreadable and not any_found
-    result = "nothing found" if clean else "found" if any_found else "not all files could be read"
-    users = [_certificate_entry(user, prints, searches[user], findings.found[user]) for user, prints in wanted]
-    own_storage = ([] if location is None else [_NOT_ROWS]) + (list(_NOT_IN_BUCKET) if bucket else [])
-    certificate = {
-        **_heading(run, result),
-        "users": users,
-        "searched": {"files": len(searched), "bytes": sum(each["bytes"] for each in searched), "each": searched},
-        **({"object_storage": bucket} if bucket else {}),
-        "unreadable": unreadable,
-        "links_not_followed": [
-            path.relative_to(run).as_posix() for path in everything_below(run) if os.path.islink(path)
-        ],
-        "remains": _remains(run),
-        "not_covered": [*_NOT_COVERED, *own_storage],
-    }
-    return Verified(certificate, clean)
+    _search_bucket(home.path, searches, findings)
+    users = [user_entry(user, prints, searches[user], findings.found[user]) for user, prints in wanted]
+    return Verified(certificate(run, users, findings), findings.clean)
 
 
 def _searches(home: RunFolder, wanted: Sequence[tuple[str, Fingerprints]]) -> dict[str, Search]:
@@ -150,7 +107,7 @@ def _searches(home: RunFolder, wanted: Sequence[tuple[str, Fingerprints]]) -> di
     return searches
 
 
-def _search_files(run: Path, searches: dict[str, Search], findings: _Findings, advance: Callable[[int], None]) -> None:
+def _search_files(run: Path, searches: dict[str, Search], findings: Findings, advance: Callable[[int], None]) -> None:
     """Search every file of the run folder; those that a server or a fit removes meanwhile are left out."""
 
     def unread(path: Path, error: BaseException) -> None:
@@ -164,17 +121,6 @@ def _search_files(run: Path, searches: dict[str, Search], findings: _Findings, a
         except UNREADABLE as error:
             unread(path, error)
         advance(1)
-
-
-def _heading(run: Path, result: str) -> dict[str, Any]:
-    return {
-        "format": "proper-deletion-certificate",
-        "version": 1,
-        "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "proper": version("proper-llm"),
-        "run": RunFolder(run).home.path.resolve().name,
-        "result": result,
-    }
 
 
 def _search_file(
@@ -195,7 +141,7 @@ def _search_file(
     return entry, found
 
 
-def _search_rows(location: Location, searches: dict[str, Search], findings: _Findings) -> None:
+def _search_rows(location: Location, searches: dict[str, Search], findings: Findings) -> None:
     """Search all rows of a run's tables in PostgreSQL as `_search_file` searches a file."""
     from proper.databases.postgresql.database import cells
 
@@ -207,17 +153,17 @@ def _search_rows(location: Location, searches: dict[str, Search], findings: _Fin
         found[user] = _reports(name, "", "rows", search.scan(cells(location)))
     entry = {"file": name, "kind": "store", "bytes": size, "sha256": digest.hexdigest(), "read_as": ["rows"]}
     findings.add(entry, found)
+    findings.not_covered.append(_NOT_ROWS)
 
 
-def _search_bucket(run: Path, searches: dict[str, Search], findings: _Findings) -> dict[str, Any]:
-    """Search every version of every object of a run whose adapters are in a bucket, those of nested runs included.
-
-    Returns what the certificate says of the bucket; nothing without one.
-    """
+def _search_bucket(run: Path, searches: dict[str, Search], findings: Findings) -> None:
+    """Search every version of every object of a run whose adapters are in a bucket, those of nested runs included."""
     setting = setting_of(run)
     if setting is None:
-        return {}
-    bucket: dict[str, Any] = {"url": setting.bucket.url}
+        return
+    findings.not_covered += _NOT_IN_BUCKET
+    bucket = findings.bucket
+    bucket["url"] = setting.bucket.url
     try:
         bucket |= {"versioned": setting.bucket.is_versioned, "versions": 0, "delete_markers": 0}
         for each in setting.bucket.versions():
@@ -236,7 +182,6 @@ def _search_bucket(run: Path, searches: dict[str, Search], findings: _Findings) 
         findings.unreadable += [{"file": each, "why": "an unfinished upload cannot be read"} for each in uploads]
     except StoreError as error:
         findings.unreadable.append({"file": setting.bucket.url, "why": str(error)})
-    return bucket
 
 
 def _is_of_sqlite(path: Path) -> bool:
@@ -276,37 +221,4 @@ def _still_known(run: RunFolder, user: str) -> list[dict[str, Any]]:
             found.append(
                 {"file": fit.relative_to(run.path).as_posix(), "kind": "unfinished fit", "read_as": "file name"}
             )
-    return found
-
-
-def _certificate_entry(user: str, prints: Fingerprints, search: Search, found: list[dict[str, Any]]) -> dict[str, Any]:
-    pieces = {(each.kind, each.source) for each in search.prints}
-    texts, tensors = (sum(kind == wanted for kind, _ in pieces) for wanted in ("text", "tensor"))
-    distinct = {
-        "texts": {"given": prints.texts, "searched": texts, "below_8_bytes": prints.short},
-        "tensors": {"given": prints.tensors, "searched": tensors},
-    }
-    values = "as a whole value; as a word in text files, unless it is a number" if search.whole_values_only else ""
-    note = "texts that are not searched are short, or no different from other users' texts"
-    return {"user": user, "id": values or "in every encoding", **distinct, "note": note, "found": found}
-
-
-def _remains(run: Path) -> list[dict[str, Any]]:
-    """Return the files that learnt from deleted users as from all, and why they stay."""
-    found = []
-    for folder in map(RunFolder, nested_runs(run)):
-        for path, why in (
-            (folder.population / PEFT_WEIGHTS, "stage 1 (population) learnt from all users' histories"),
-            (folder.experts, "stage 2 (experts, routers, mean embedding) learnt from all users' histories"),
-            (folder.poly, "the method `poly` learnt from all users' histories"),
-            (folder.encoder, "the encoder of new users learnt from all users' items and embeddings"),
-            (folder.users.router, "stage 3b (the LoRA-aware router) learnt from all target users' histories"),
-            (folder.users.bases, "the shared bases of users' cores learnt from users' older items"),
-            (folder.users.start, "the common start of users' adapters learnt from users' older items"),
-            (folder.results, "aggregate figures over users that were calculated before the deletion"),
-            (folder.methods_table, "aggregate figures over users that were calculated before the deletion"),
-            (folder.metrics_log, "losses of training steps, each over a batch of many users"),
-        ):
-            if path.is_file():
-                found.append({"file": path.relative_to(run).as_posix(), "why": why, "remedy": _REMEDY})
     return found

@@ -20,8 +20,8 @@ import yaml
 
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import Config, make_config
+from proper.data.checks import require_no_leaks
 from proper.data.dataset import Dataset
-from proper.data.summary import require_no_leaks
 from proper.errors import ConfigError
 from proper.evaluation.fingerprint import code_version, served_version
 from proper.files import hash_value, make_folder, write_text
