@@ -6,52 +6,44 @@ earlier one stopped. The steps themselves are implemented in other modules.
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from proper.adapters.store import DEFAULT_TENANT
 from proper.adapters.store_urls import record_store
-from proper.adapters.tombstones import Tombstones
 from proper.config import Config, load_config, make_config
-from proper.console import progress, quiet_libraries
-from proper.data.checks import require_query_of_each_task
-from proper.data.database import get_meta
-from proper.data.dataset import Dataset, left_out_users, prepare
+from proper.console import quiet_libraries
+from proper.data.dataset import Dataset
 from proper.data.demo import DemoSettings, demo_run, write_demo
 from proper.data.demo.users import DemoTask
-from proper.data.label_tree import require_distinct
 from proper.data.stage_sample import SHARED_STAGES, stage_sample
-from proper.data.summary import summarize, truncation, untimed
-from proper.errors import ConfigError, DataError, ProperError, did_you_mean
+from proper.data.summary import summarize
+from proper.errors import ConfigError, did_you_mean
 from proper.evaluation.harness import Harness
 from proper.evaluation.power import expected_power
 from proper.evaluation.side_by_side import compare_runs
 from proper.interactions.deletion import working
-from proper.interactions.personal_files import remove_deleted, remove_rows
+from proper.interactions.personal_files import remove_deleted
 from proper.methods.evaluate import evaluating
 from proper.methods.table import known_methods, require_targets, table_methods
-from proper.methods.time_budget import plan, time_lines
+from proper.methods.time_budget import time_lines
 from proper.models.backbone import configured_backbone
 from proper.models.checkpoints import settled
 from proper.models.targets import find_targets
-from proper.models.tokenizer import configured_encoder
 from proper.reports.compare import write_comparison
 from proper.reports.html import write_report
 from proper.reports.methods import write_methods_csv
 from proper.reports.user_page import write_user_pages
-from proper.run_config import claim, hold, run_config, warn_of_newer_data, write_config
+from proper.run_config import claim, hold, run_config
+from proper.run_data import fit_to_time, open_data
 from proper.run_folder import RunFolder, Stage, require_run
 from proper.run_lock import exclusive
 from proper.training.plans import guarantee
 from proper.training.preflight import preflight
 from proper.training.seeds import TrainSeed, seed_folder, train_here, train_seeds
 from proper.training.stages import join_processes
-
-logger = logging.getLogger(__name__)
 
 STAGES = (*Stage, "evaluate", "report")
 
@@ -110,9 +102,9 @@ def _run(
     with processes.main_process_first():
         settings = claim(folder, settings)
         with working(folder):
-            data = _data(settings, folder, skip_bad_rows)
+            data = open_data(settings, folder, skip_bad_rows)
             if estimate and processes.is_main_process and set(stages) & set(Stage):
-                settings, data = _in_time(settings, data, folder, skip_bad_rows)
+                settings, data = fit_to_time(settings, data, folder, skip_bad_rows)
     training = [stage for stage in Stage if stage in stages]
     with data as dataset, working(folder), _trainer(cluster if training else None, folder) as train:
         train_seeds(settings, dataset, folder, training, is_main=processes.is_main_process, train=train)
@@ -205,7 +197,7 @@ def check(config: Config, *, skip_bad_rows: bool = False) -> list[str]:
     """
     quiet_libraries()
     known_methods(config.evaluation.methods, config)
-    with tempfile.TemporaryDirectory() as folder, _data(config, Path(folder), skip_bad_rows) as dataset:
+    with tempfile.TemporaryDirectory() as folder, open_data(config, Path(folder), skip_bad_rows) as dataset:
         for stage in SHARED_STAGES:
             stage_sample(dataset, stage, config, 0)
         power = None if config.tasks else expected_power(dataset, config.task.kind)
@@ -222,7 +214,7 @@ def check_time(config: Config, *, skip_bad_rows: bool = False) -> list[str]:
     """
     quiet_libraries()
     methods = table_methods(config.evaluation.methods, config)
-    with tempfile.TemporaryDirectory() as folder, _data(config, Path(folder), skip_bad_rows) as dataset:
+    with tempfile.TemporaryDirectory() as folder, open_data(config, Path(folder), skip_bad_rows) as dataset:
         return time_lines(config, dataset, methods)
 
 
@@ -268,52 +260,3 @@ def _trainer(cluster: str | None, folder: Path) -> AbstractContextManager[TrainS
     from proper.cluster.training import on_cluster
 
     return on_cluster(cluster, folder)
-
-
-def _in_time(config: Config, dataset: Dataset, folder: Path, skip_bad_rows: bool) -> tuple[Config, Dataset]:
-    """Show what a new run cuts and how long it takes, and fit it to its time budget; return the config and the data."""
-    run = RunFolder(folder)
-    if run.is_trained(Stage.POPULATION) or run.checkpoint(Stage.POPULATION).exists():
-        return config, dataset
-    fitting, lines = plan(config, dataset, table_methods(config.evaluation.methods, config))
-    for line in filter(None, [*config.unescaped, untimed(dataset), truncation(dataset), *lines]):
-        logger.info(line)
-    if fitting.split != config.split:
-        # Before the config is written: a killed run prepares the data again, by whichever config it finds.
-        dataset.close()
-        run.data.unlink()
-    write_config(run.config, fitting)
-    return fitting, dataset if fitting.split == config.split else _data(fitting, folder, skip_bad_rows)
-
-
-def _data(config: Config, folder: Path, skip_bad_rows: bool) -> Dataset:
-    """Open the run's prepared data; prepare it if it does not exist."""
-    path = RunFolder(folder).data
-    if not path.exists():
-        data = _prepared(config, path, folder, skip_bad_rows)
-    else:
-        warn_of_newer_data(config, path)
-        if not RunFolder(folder).is_trained(Stage.POPULATION):
-            remove_rows(path, left_out_users(config.data.train_without))
-        data = Dataset.open(path)
-    try:
-        require_targets(known_methods(config.evaluation.methods, config), data)
-    except ProperError:
-        data.close()
-        raise
-    return data
-
-
-def _prepared(config: Config, path: Path, folder: Path, skip_bad_rows: bool) -> Dataset:
-    encoder = configured_encoder(config)
-    with progress("read interactions", None) as advance:
-        deleted = Tombstones(RunFolder(folder).users.path).of_tenant(DEFAULT_TENANT)
-        data = prepare(config, path, encoder.count, skip_bad_rows=skip_bad_rows, progress=advance, is_left_out=deleted)
-    try:
-        for name, labels in (get_meta(data.connection, "tasks") or {"": data.labels}).items():
-            require_distinct(labels, encoder.answer, f"tasks.{name}.task" if name else "task")
-        require_query_of_each_task(data)
-    except DataError:
-        data.close()
-        raise
-    return data

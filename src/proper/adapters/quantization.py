@@ -16,10 +16,10 @@ import torch
 from jaxtyping import BFloat16, Float, Int8, UInt8
 from torch import Tensor
 
+from proper.adapters.serialization import MAX_LEVEL, SCALE
+
 Storage = Literal["bf16", "fp32", "int8", "int4"]
 BLOCK = 32
-_SCALE = ":scale"
-_MAX_LEVEL = {"int8": 127, "int4": 7}
 
 
 def quantize(x: Float[Tensor, "*rows N"], most: int = 127) -> tuple[Int8[Tensor, "*rows N"], BFloat16[Tensor, "*rows"]]:
@@ -56,11 +56,11 @@ def encode(adapter: Mapping[str, Tensor], storage: Storage) -> dict[str, Tensor]
     coded: dict[str, Tensor] = {}
     for name, tensor in adapter.items():
         try:
-            q, scale = quantize(tensor.reshape(_blocks(name, tensor, storage)), _MAX_LEVEL[storage])
+            q, scale = quantize(tensor.reshape(_blocks(name, tensor, storage)), MAX_LEVEL[storage])
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         q = q.view(tensor.shape)
-        coded[name], coded[name + _SCALE] = _paired(q) if storage == "int4" and _is_even(q) else q, scale
+        coded[name], coded[name + SCALE] = _paired(q) if storage == "int4" and _is_even(q) else q, scale
     return coded
 
 
@@ -68,8 +68,8 @@ def decode(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return an adapter ready for computation: quantized tensors dequantized to fp32, all others unchanged."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored.items():
-        if not name.endswith(_SCALE):
-            scale = stored.get(name + _SCALE)
+        if not name.endswith(SCALE):
+            scale = stored.get(name + SCALE)
             if scale is not None:
                 tensor = dequantize(_unpaired(tensor) if tensor.dtype == torch.uint8 else tensor, scale)
             tensors[name] = tensor

@@ -23,8 +23,11 @@ from proper.errors import StoreError
 MAX_ABSOLUTE = 1e4
 """Trained adapters and embeddings stay below 1e2."""
 
-_SCALE = ":scale"  # suffix of an int8 tensor's scales; its numbers reach 127 times the scale, see `quantization`
-_LEVELS = 127
+SCALE = ":scale"
+"""Suffix of the name of a quantized tensor's scales (`quantization`)."""
+
+MAX_LEVEL = {"int8": 127, "int4": 7}
+"""Largest quantized number by storage: a tensor's numbers reach this times the scale."""
 
 # The names that the safetensors format uses.
 _NAMES = {
@@ -135,7 +138,7 @@ def fault_of(tensors: Mapping[str, Tensor]) -> str | None:
     int8 tensors are checked by their scales.
     """
     for name, tensor in tensors.items():
-        if not is_sound(tensor, MAX_ABSOLUTE / _LEVELS if name.endswith(_SCALE) else MAX_ABSOLUTE):
+        if not is_sound(tensor, MAX_ABSOLUTE / MAX_LEVEL["int8"] if name.endswith(SCALE) else MAX_ABSOLUTE):
             finite = bool(tensor.isfinite().all())
             return f"{name}: {f'numbers beyond {MAX_ABSOLUTE:g}' if finite else 'numbers that are not finite'}"
     return None

@@ -35,8 +35,11 @@ CHUNK = 512
 
 _PREDICTION = TypeAdapter(Prediction)
 
-GATE_ITEMS = 1024
-"""History items, of all users together, over which mean gates are taken; every item is a forward pass."""
+GATE_ITEMS, MIN_GATE_ITEMS, MAX_GATE_ITEMS = 1024, 4, 32
+"""History items over which mean gates are taken: of all users together, and the limits of one user's share of them.
+
+Every item is a forward pass.
+"""
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,7 @@ def mean_gates(
 
 def gate_items(users: int) -> int:
     """Return the most items of each user over which mean gates are taken."""
-    return min(32, max(4, GATE_ITEMS // max(1, users)))
+    return min(MAX_GATE_ITEMS, max(MIN_GATE_ITEMS, GATE_ITEMS // max(1, users)))
 
 
 @torch.no_grad()

@@ -67,7 +67,7 @@ def remove(store: AdapterStore, log: InteractionLog, user: str, patience: float 
         _require_no_training(run, user)
     found = store.head(user) is not None or log.knows(store.tenant, user)
     deletion = log.deletions.begin(store.tenant, user)
-    return Removal(found, deletion.job, tuple(_work(store, log, deletion, patience)))
+    return Removal(found, deletion.job, tuple(_resume(store, log, deletion, patience)))
 
 
 def finish_deletions(users: Path, patience: float = 0.0) -> list[str]:
@@ -78,7 +78,7 @@ def finish_deletions(users: Path, patience: float = 0.0) -> list[str]:
     with closing(InteractionLog(users)) as log:
         for deletion in log.deletions.pending():
             with closing(AdapterStore(users, deletion.tenant)) as store:
-                waits += _work(store, log, deletion, patience)
+                waits += _resume(store, log, deletion, patience)
     return waits
 
 
@@ -162,7 +162,7 @@ def _links(folder: Path) -> Iterator[Path]:
                     left.append(entry.path)
 
 
-def _work(store: AdapterStore, log: InteractionLog, deletion: Deletion, patience: float) -> list[str]:
+def _resume(store: AdapterStore, log: InteractionLog, deletion: Deletion, patience: float) -> list[str]:
     """Run or resume a deletion; return what it has to wait for, one line each."""
     if deletion.user is not None:
         waits = _remove_all(store, log, deletion.user, patience)

@@ -15,14 +15,12 @@ from proper.config import Config, GroupsConfig, PopulationConfig, UsersConfig
 from proper.data.dataset import Dataset
 from proper.data.stage_sample import stage_sample
 from proper.evaluation.harness import HISTORY_SAMPLE
+from proper.evaluation.runner import MAX_GATE_ITEMS
 from proper.methods.spec import Method
 from proper.run_folder import Stage, Tier
 from proper.training.early_stopping import MEASUREMENTS, hold_out
 from proper.training.jobs import PARTS, full_passes, held_out_items
 from proper.training.trainer import count_updates
-
-ROUTED_ITEMS = 32
-"""Newest history items of a user over which `runner.mean_gates` averages."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class Counts:
         population, groups: rows, tokens, and tokens of the held-out rows of stages 1 and 2.
         histories: lengths of every target user's history rows, oldest first, `users.max_items` not applied.
         queries: lengths of the queries.
-        answer: mean length of a history row's answer; only for generation.
+        answer: longest answer that is decoded, `task.max_new_tokens`; only for generation.
     """
 
     population: tuple[int, int, int]
@@ -161,7 +159,7 @@ def answering(config: Config, counts: Counts, methods: Sequence[Method]) -> Work
     measured = Work()
     names = {method.name for method in methods}
     if {Tier.GROUPS, Tier.USERS} & names:
-        measured += Work(forward=sum(sum(history[-ROUTED_ITEMS:]) for history in counts.histories))
+        measured += Work(forward=sum(sum(history[-MAX_GATE_ITEMS:]) for history in counts.histories))
     if Tier.USERS in names:
         measured += Work(forward=sum(sum(history[-HISTORY_SAMPLE:]) for history in counts.histories))
     return answers.times(len(models)) + measured

@@ -31,7 +31,7 @@ MIN_ROWS, MAX_ROWS = 16, 128
 HELD_OUT_EPOCH = -1
 """The epoch whose seeded order decides which rows are held out; training epochs count from 0."""
 
-_BATCH = 32
+_BATCH = 32  # rows of a forward pass
 
 
 @dataclass(frozen=True)

@@ -89,8 +89,8 @@ def older_adapters(stage: UserStage, start: Float[Tensor, "P"], name: str) -> It
 
     Held-out items are not used. Another call with the same name and folder reads the adapters again.
     """
-    able = stage.able
-    spread = able[:: max(1, -(-len(able) // MAX_USERS))]
+    users = stage.trial_users
+    spread = users[:: max(1, -(-len(users) // MAX_USERS))]
     with closing(AdapterStore(stage.folder / name)) as store:
         config = stage.config.model_copy(update={"storage": "fp32"})
         source = replace(stage, config=config, store=store, elsewhere=None, starts=lambda user, embedding: start)

@@ -71,8 +71,8 @@ def _trials(stage: UserStage) -> tuple[list[Trial], Choice, Quarantined]:
     try:
         if not path.exists():
             part = PARTS if stage.choice is None else stage.choice.part
-            fit_adapters(stage, AdapterPhase("trial", stage.jobs(stage.able, trial=True, part=part), store))
-            jobs = stage.jobs(fitted(stage, stage.able, store), trial=True, part=part)
+            fit_adapters(stage, AdapterPhase("trial", stage.jobs(stage.trial_users, trial=True, part=part), store))
+            jobs = stage.jobs(fitted(stage, stage.trial_users, store), trial=True, part=part)
             curves = [_curve(stage, jobs, at, store) for at in range(len(jobs))]
             choice = stage.choice or choose(curves)
             trials = [curve.at(choice) for curve in curves]

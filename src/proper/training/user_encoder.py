@@ -58,6 +58,7 @@ HELD_OUT, MAX_HELD_OUT = 0.2, 64
 """Share and largest number of users held out for the choice."""
 PLACED_FROM, ASKED = (2, 5), 4
 """The choice's answer loss: embeddings from so many items, on so many others of the user."""
+_BATCH = 32  # rows of a forward pass
 MIN_USERS = 16
 """Below this number of users with more items than `PLACED_FROM[0]`, which can be held out, there is no encoder."""
 
@@ -204,7 +205,7 @@ def _answer_loss(model: ProperModel, users: Sequence[UserItems], encoder: UserEn
 
 def _mean_loss(model: ProperModel, work: Sequence[tuple[EncodedExample, Tensor]]) -> float:
     total = tokens = 0.0
-    for chunk in by_length([len(item.ids) for item, _ in work], 32, model.backbone.batch_tokens):
+    for chunk in by_length([len(item.ids) for item, _ in work], _BATCH, model.backbone.batch_tokens):
         batch = collate([work[at][0] for at in chunk], model.backbone.pad_id, model.device)
         embedding = torch.stack([work[at][1] for at in chunk]).to(model.device)
         sums, counts = model.answer_losses(batch, RowContext("groups", embedding=embedding))

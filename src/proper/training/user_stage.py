@@ -120,8 +120,8 @@ class UserStage:
         return auto_slots(parts, device_memory(self.model.device), self.model.device.type)
 
     @property
-    def able(self) -> list[int]:
-        """The indices of the users with two items or more, of which a trial trains on some and holds others out."""
+    def trial_users(self) -> list[int]:
+        """The indices of the users who can have a trial: those with an item to train on and one to hold out."""
         # Two rows of a long history are enough to know.
         most = min(2, self.config.max_items or 2)
         return [at for at, user in enumerate(self.users) if len(self.dataset.history(user, most)) == 2]
