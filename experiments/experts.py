@@ -82,6 +82,8 @@ def generated(folder: Path, planted: int, seed: int, given: argparse.Namespace, 
     raw["population"]["max_tokens"] = 3000
     raw["groups"] |= {"epochs": given.epochs, "batch_size": 64, "experts": MAX_EXPERTS, "user_encoder": False}
     raw["groups"] |= {"learning_rate": given.rates[0], "embedding_learning_rate": given.rates[1]}
+    if given.backbone is None:  # the demo leaves the lower layers of its backbone without experts; this one has two
+        raw["groups"]["layers"] = raw["users"]["layers"] = "all"
     return make_config({**raw, "backbone": backbone, "compute": {"dtype": "fp32", "device": "cpu"}})
 
 

@@ -34,6 +34,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +42,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score, roc_curve
+from torch import Tensor
 
 from experiments.experts import add_options, generated, make, small_llama
 from proper.adapters.store import AdapterStore
 from proper.config import Config, GroupsConfig, make_config
 from proper.console import quiet_libraries
-from proper.data.batching import collate
+from proper.data.batching import IGNORED, collate
 from proper.data.dataset import Dataset, prepare
+from proper.data.encoder import Encoder
 from proper.data.histories import TextExample
 from proper.files import write_json, write_text
 from proper.layers.batch_context import RowContext
 from proper.models.checkpoints import load_tensors
-from proper.models.personal import answer_loss
+from proper.models.personal import ProperModel, answer_loss
 from proper.models.tokenizer import configured_encoder
 from proper.run_folder import RunFolder
 from proper.training.metrics_log import no_log
@@ -82,45 +85,62 @@ def shadow(config: Config, everyone: Dataset, left_out: Sequence[str], folder: P
         runner.run(["population", "groups"])
         seconds = time.process_time() - started
         model = StageRunner(own, dataset, folder, seed, no_log).trained_groups()
-    mean = load_tensors(RunFolder(folder).experts)[0]["mean_embedding"]
-    with closing(AdapterStore(RunFolder(folder).users.path)) as store:
-        embeddings = {user: head.embedding for user, head, _ in store.heads()}
-    users = [user.id for user in everyone.users()]
+    found: dict[str, Any] = {"left_out": list(left_out), "seconds": round(seconds, 2)}
+    if runner.guarantee is not None:
+        found["privacy"] = runner.guarantee.metadata()
+    return {**found, "users": answered(ShadowModel(model, runner.encoder), everyone, RunFolder(folder))}
 
-    def first_of(row: TextExample) -> int:
-        encoded = runner.encoder.encode(row)
+
+@dataclass(frozen=True)
+class ShadowModel:
+    """A model of stages 1 and 2, to be asked with any embedding."""
+
+    model: ProperModel
+    encoder: Encoder
+
+    def first_of(self, row: TextExample) -> int:
+        """Return the first token of a row's answer."""
+        encoded = self.encoder.encode(row)
         return encoded.ids[encoded.start]
 
-    usual = {user: Counter(map(first_of, everyone.history(user))) for user in users}
-    most = sum(usual.values(), Counter[int]()).most_common(1)[0][0]
-
     @torch.no_grad()
-    def answered(rows: Sequence[TextExample], own: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        batch = collate([runner.encoder.encode(row) for row in rows], runner.backbone.pad_id)
-        logits = model.answer_logits(batch, RowContext("groups", embedding=own.expand(len(rows), -1)))
+    def ask(self, rows: Sequence[TextExample], own: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the loss per answer token, and each row's likeliest first token, its probability, and if it is right.
+
+        `own` (D,) is the embedding of all rows.
+        """
+        batch = collate([self.encoder.encode(row) for row in rows], self.model.backbone.pad_id)
+        logits = self.model.answer_logits(batch, RowContext("groups", embedding=own.expand(len(rows), -1)))
         losses, tokens = answer_loss(logits, batch.labels)
-        first = (batch.labels != -100).int().argmax(1)
+        first = (batch.labels != IGNORED).int().argmax(1)
         at = torch.arange(len(rows))
         sure, token = logits[at, first].float().softmax(-1).max(-1)
         return losses.sum() / tokens.sum(), token, sure, token == batch.labels[at, first]
 
-    found: dict[str, Any] = {"left_out": list(left_out), "seconds": round(seconds, 2), "users": {}}
-    if runner.guarantee is not None:
-        found["privacy"] = runner.guarantee.metadata()
+
+def answered(shadow: ShadowModel, everyone: Dataset, run: RunFolder) -> dict[str, dict[str, Any]]:
+    """Return by user what the model answers with the mean embedding and, if it was trained on the user, with theirs."""
+    mean = load_tensors(run.experts)[0]["mean_embedding"]
+    with closing(AdapterStore(run.users.path)) as store:
+        embeddings = {user: head.embedding for user, head, _ in store.heads()}
+    users = [user.id for user in everyone.users()]
+    usual = {user: Counter(map(shadow.first_of, everyone.history(user))) for user in users}
+    most = sum(usual.values(), Counter[int]()).most_common(1)[0][0]
+    found: dict[str, dict[str, Any]] = {}
     for user in users:
         rows = list(everyone.queries(user))
-        newest = answered(rows, mean)
-        right = [first_of(row) for row in rows]
-        found["users"][user] = {
-            "loss": float(answered(everyone.history(user), mean)[0]),
+        _, tokens, sure, hits = shadow.ask(rows, mean)
+        right = [shadow.first_of(row) for row in rows]
+        found[user] = {
+            "loss": float(shadow.ask(everyone.history(user), mean)[0]),
             "usual": [float(np.mean([each == answer for each in right])) for answer in _answers(usual[user], most)],
-            "tokens": newest[1].tolist(),
-            "sure": [round(each, 5) for each in newest[2].tolist()],
-            "right": newest[3].tolist(),
+            "tokens": tokens.tolist(),
+            "sure": [round(each, 5) for each in sure.tolist()],
+            "right": hits.tolist(),
         }
         if user in embeddings:
-            placed = answered(rows, embeddings[user])
-            found["users"][user]["own"] = [float(placed[0]), float(placed[3].float().mean())]
+            loss, _, _, hits = shadow.ask(rows, embeddings[user])
+            found[user]["own"] = [float(loss), float(hits.float().mean())]
     return found
 
 

@@ -33,8 +33,8 @@ from proper.data.encoder import EncodedExample
 from proper.enrolment.fit_user import START_NEIGHBOURS, Fitter, open_fitter
 from proper.files import read_json, write_json
 from proper.inference import load
-from proper.training.checkpoint import Checkpoint
 from proper.training.jobs import FitResult, Job, full_passes
+from proper.training.metrics_log import no_log
 from proper.training.microbatching import held_out_losses
 from proper.training.multi_user_trainer import MultiUserTrainer
 from proper.training.starts import mean_adapter, meta_start
@@ -79,31 +79,33 @@ def losses(
         "neighbours": [neighbours(at) for at in range(len(histories))],
         "meta": [found.meta] * len(histories),
     }
-    told: dict[str, list[float]] = {}
     asked = slice(max(COUNTS), max(COUNTS) + ask)
+    told: dict[str, list[float]] = {}
     for name, own in starts.items():
         passes = full_passes(stage.config, count)
         jobs = [
             Job(user, placed[at], tuple(items[:count]), epochs=passes, start=own[at])
             for at, (user, items) in enumerate(histories)
         ]
-        trainer = MultiUserTrainer(stage.model, stage.config, stage.rate("users"), stage.seed, len(jobs), stage.pad)
-        rows: dict[str, Tensor] = {}
-
-        def done(results: Sequence[FitResult], again: bool, rows: dict[str, Tensor] = rows) -> None:
-            rows |= {result.user: result.row for result in results if result.row is not None}
-
-        checkpoint = Checkpoint(stage.folder / f"{name}-{count}", 1e9)
-        checkpoint.remove()
-        trainer.run(jobs, done, checkpoint, lambda facts: None, name, no_bar)
-        checkpoint.remove()
-        for slot, (user, _) in enumerate(histories):
-            trainer.bank.values[slot] = rows[user]
+        fit_jobs(stage, jobs, name)
         tests = {at: replace(job, held_out=tuple(histories[at][1][asked])) for at, job in enumerate(jobs)}
         if "group" not in told:
             told["group"] = list(held_out_losses(stage.model, tests, "groups", stage.pad).values())
         told[name] = list(held_out_losses(stage.model, tests, "fit", stage.pad).values())
     return told
+
+
+def fit_jobs(stage: UserStage, jobs: Sequence[Job], title: str) -> None:
+    """Fit the adapters of these jobs, and leave them in the model's bank, in their order."""
+    trainer = MultiUserTrainer(stage.model, stage.config, stage.rate("users"), stage.seed, len(jobs), stage.pad)
+    rows: dict[str, Tensor] = {}
+
+    def done(results: Sequence[FitResult], again: bool) -> None:
+        rows.update({result.user: result.row for result in results if result.row is not None})
+
+    trainer.run(jobs, done, None, no_log, title, no_bar)
+    for slot, job in enumerate(jobs):
+        trainer.bank.values[slot] = rows[job.user]
 
 
 def summary(told: Mapping[str, Sequence[float]]) -> dict[str, Any]:
