@@ -124,7 +124,7 @@ def test_a_kill_at_any_point_is_made_good(users: Path) -> None:
         "setattr(owner, name, lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL))\n"
         "r.remove(S(users), L(users), 'ann')\n"
     )
-    for name in ("_work", "_remove_files", "delete", "remove_work", "wipe"):
+    for name in ("_resume", "_remove_files", "delete", "remove_work", "wipe"):
         with closing(InteractionLog(users)) as log, closing(AdapterStore(users)) as store:
             log.append("", "ann", [LogEntry(SECRET, "x")], new=not log.knows("", "ann"))
             store.put([UserRecord("ann", "groups", torch.ones(4), None, {"said": SECRET})])
@@ -159,7 +159,7 @@ def test_a_deletion_that_another_process_ended_spares_the_user_enrolled_since(
     log.append("", "bob", [LogEntry("p", "t")])
     for user in ("ann", "bob"):
         log.deletions.begin("", user)
-    second, whole = str(log.deletions.pending()[1].user), deletion._work
+    second, whole = str(log.deletions.pending()[1].user), deletion._resume
 
     def busy_with_the_first(*given: Any) -> list[str]:
         monkeypatch.undo()
@@ -167,7 +167,7 @@ def test_a_deletion_that_another_process_ended_spares_the_user_enrolled_since(
         log.append("", second, [LogEntry("again", "t")], new=True)
         return whole(*given)
 
-    monkeypatch.setattr(deletion, "_work", busy_with_the_first)
+    monkeypatch.setattr(deletion, "_resume", busy_with_the_first)
     assert not finish_deletions(users)
     assert log.count("", second) == 1 and not log.tombstones.has("", second)
     assert not log.deletions.pending()
