@@ -103,8 +103,7 @@ def joint_bases(stage: UserStage) -> dict[str, tuple[Tensor, Tensor]]:
     model, config = stage.model, stage.config
     start = random_bases(model, config, torch.Generator().manual_seed(stage.seed))
     model.bases = {name: (down.requires_grad_(), up.requires_grad_()) for name, (down, up) in start.items()}
-    bank = AdapterBank(model.user_layout(config), len(stage.users), alpha=config.alpha, trainable=True)
-    model.use_bank(bank)
+    bank = model.add_bank(config, len(stage.users), trainable=True)
     jobs = [replace(stage.jobs([at], trial=True), measured=False)[0] for at in range(len(stage.users))]
     rate, downs, ups = stage.rate("users"), *map(list, zip(*model.bases.values(), strict=True))
     # Columns of B have mean square 1 and rows of A norm 1: relative to their size, both move alike.

@@ -15,7 +15,6 @@ from torch import Tensor
 from proper.adapters.store import UserRecord
 from proper.data.encoder import EncodedExample
 from proper.inference.model import PersonalizedModel
-from proper.layers.bank import AdapterBank
 from proper.training.jobs import Job
 from proper.training.microbatching import item_losses
 
@@ -60,12 +59,7 @@ def losses_of(model: PersonalizedModel, state: State, items: Sequence[EncodedExa
     if state.row is None:
         found = item_losses(own, jobs, "groups", pad)
     else:
-        config = model.config.users
-        dtype = torch.promote_types(own.backbone.model.dtype, torch.float32)
-        layout = own.user_layout(config)
-        bank = AdapterBank(layout, 1, alpha=config.alpha, trainable=False, device=own.device, dtype=dtype)
-        bank.values[0] = state.row
-        own.use_bank(bank)
+        own.add_bank(model.config.users, 1).values[0] = state.row
         found = item_losses(own, jobs, "users", pad)
     losses = found.get(0, torch.zeros(len(items), 2, dtype=torch.float64))
     return losses[:, 0], losses[:, 1]

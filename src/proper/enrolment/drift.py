@@ -30,7 +30,7 @@ from typing import Any
 from proper.adapters.store import AdapterStore
 from proper.enrolment.comparison import Usual, per_item, state_of
 from proper.enrolment.fit_user import Fitter, own_bank
-from proper.enrolment.history import UserHistory, divide, grown_history
+from proper.enrolment.history import UserHistory, divide
 from proper.enrolment.place import PLACED
 from proper.interactions.log import InteractionLog
 from proper.json_records import number
@@ -200,12 +200,12 @@ def drift_of(
 
 def drifts(fitter: Fitter, store: AdapterStore, log: InteractionLog, users: Sequence[str]) -> list[Drift]:
     """Return the drift of those of these users who have logged interactions, the highest score first."""
-    variance, config = usual_variance(store), fitter.model.config
+    variance = usual_variance(store)
     found = []
     for user in users:
         if not log.count(store.tenant, user):
             continue
-        grown = grown_history(fitter.dataset, log, store.tenant, user, config.task.kind)
+        grown = fitter.history(log, store.tenant, user)
         drift = drift_of(fitter, store, log, user, grown, variance)
         if drift is not None and drift.new:
             found.append(drift)

@@ -28,11 +28,12 @@ from proper.data.histories import TextExample
 from proper.enrolment.fit_embedding import FittedEmbedding, Setting, fit_embedding
 from proper.enrolment.fit_files import load_embedding, same_history, save_embedding
 from proper.enrolment.fit_progress import ProgressCallback
-from proper.enrolment.history import UserHistory, run_data
+from proper.enrolment.history import UserHistory, grown_history, run_data
 from proper.enrolment.neighbours import nearest_adapters, nearest_trials
 from proper.enrolment.place import FITTED, PLACED, Placer, embedding_jobs, fitted_metadata
 from proper.errors import RunFolderError
 from proper.inference.model import PersonalizedModel
+from proper.interactions.log import InteractionLog
 from proper.json_records import read_record
 from proper.models.user_encoder import load_encoder
 from proper.run_folder import RunFolder, Stage, Tier
@@ -109,6 +110,10 @@ class Fitter:
     def bound(self) -> dict[str, str]:
         """What a store is bound to that takes this fitter's records (`AdapterStore.put`, `only_if_bound`)."""
         return {} if self.groups is None else {"groups": self.groups}
+
+    def history(self, log: InteractionLog, tenant: str, user: str) -> UserHistory:
+        """Return a user's items: those of the run's data, and those logged since."""
+        return grown_history(self.dataset, log, tenant, user, self.model.config.task.kind)
 
     def items(self, grown: UserHistory) -> tuple[TextExample, ...]:
         """Return the items that a user is fitted to: the newest `users.max_items`."""

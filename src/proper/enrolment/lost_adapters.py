@@ -11,7 +11,6 @@ from proper.console import progress
 from proper.enrolment.fit_progress import no_progress
 from proper.enrolment.fit_user import Fitter, UserFit
 from proper.enrolment.group_versions import BY
-from proper.enrolment.history import grown_history
 from proper.enrolment.worker import POLL_SECONDS, remove_ended_work
 from proper.interactions.fit_queue import Claim
 from proper.interactions.log import DeletedError, InteractionLog
@@ -47,7 +46,7 @@ def _refit(fitter: Fitter, store: AdapterStore, log: InteractionLog, user: str) 
 
 def _fit_claimed(fitter: Fitter, store: AdapterStore, log: InteractionLog, claim: Claim) -> bool:
     user, head = claim.user, store.head(claim.user)
-    grown = grown_history(fitter.dataset, log, claim.tenant, user, fitter.model.config.task.kind)
+    grown = fitter.history(log, claim.tenant, user)
     if head is None or not grown.items:
         log.queue.done(claim, None if head is None else head.version, "no interactions yet")
         return False

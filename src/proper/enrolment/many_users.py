@@ -18,7 +18,7 @@ from proper.console import Bar
 from proper.enrolment.fit_embedding import FittedEmbedding, fit_embeddings
 from proper.enrolment.fit_files import load_embedding, same_history, save_embedding
 from proper.enrolment.fit_user import Fitter, own_bank
-from proper.enrolment.history import UserHistory, grown_history
+from proper.enrolment.history import UserHistory
 from proper.enrolment.place import embedding_jobs, placed_record
 from proper.interactions.log import InteractionLog
 from proper.interactions.personal_files import work_folder
@@ -110,12 +110,8 @@ def _histories(
     fitter: Fitter, store: AdapterStore, log: InteractionLog, users: Sequence[str]
 ) -> Iterator[tuple[list[str], list[UserHistory]]]:
     """Yield users who have items, `USERS_PER_BATCH` at a time, and their histories."""
-    kind = fitter.model.config.task.kind
     for at in range(0, len(users), USERS_PER_BATCH):
-        pairs = [
-            (user, grown_history(fitter.dataset, log, store.tenant, user, kind))
-            for user in users[at : at + USERS_PER_BATCH]
-        ]
+        pairs = [(user, fitter.history(log, store.tenant, user)) for user in users[at : at + USERS_PER_BATCH]]
         pairs = [(user, grown) for user, grown in pairs if grown.items]
         if pairs:
             yield [user for user, _ in pairs], [grown for _, grown in pairs]

@@ -32,7 +32,7 @@ from proper.data.histories import TextExample
 from proper.enrolment.comparison import State, Usual, losses_of, per_item, state_of
 from proper.enrolment.fit_user import Fitter, open_fitter, own_bank
 from proper.enrolment.group_versions import BY, versions_before
-from proper.enrolment.history import Rows, UserHistory, grown_history
+from proper.enrolment.history import Rows, UserHistory
 from proper.enrolment.lost_adapters import refit
 from proper.errors import ChangedError, RunFolderError
 from proper.files import hash_file, hash_value
@@ -164,7 +164,7 @@ class _Work:
 
     def grown(self, user: str) -> UserHistory:
         """Return a user's items."""
-        return grown_history(self.fitter.dataset, self.log, self.store.tenant, user, self.model.config.task.kind)
+        return self.fitter.history(self.log, self.store.tenant, user)
 
     def held_out(self, items: Sequence[TextExample]) -> int:
         """Return how many of a user's newest items are held out."""

@@ -18,7 +18,6 @@ from proper.adapters.store import AdapterStore
 from proper.enrolment.drift import Drift, KnownVariance, drifts, not_due
 from proper.enrolment.fit_progress import ProgressCallback, WithdrawnError, bar_of, no_progress, shares_of, throttled
 from proper.enrolment.fit_user import Fitter, UserFit
-from proper.enrolment.history import grown_history
 from proper.enrolment.many_users import USERS_PER_BATCH, fit_many, place_users
 from proper.enrolment.update_user import FitOutcome, fit_or_update
 from proper.errors import ChangedError, ProperError, UnavailableError
@@ -77,7 +76,10 @@ class FitWorker:
             self._remove_stale_work()
             if fitter.placer.encoder is not None:
                 self._place_waiting(fitter)
-            return self._take(fitter, tenant, user, on_progress, even_if_not_due)
+            claim = self.log.queue.take(tenant, user)
+            if claim is not None:
+                self._fit_claimed(fitter, claim, on_progress, even_if_not_due)
+            return claim is not None
 
     def fit(
         self, tenant: str, user: str, on_progress: ProgressCallback = no_progress, *, even_if_not_due: bool = False
@@ -161,15 +163,6 @@ class FitWorker:
             if not (self.log.queue.has_work() and self.fit_next(on_progress=on_progress)):
                 time.sleep(POLL_SECONDS)
 
-    def _take(
-        self, fitter: Fitter, tenant: str | None, user: str | None, on_progress: ProgressCallback, even_if_not_due: bool
-    ) -> bool:
-        """Take a claim as `fit_next` says, and fit its user; return whether there was one."""
-        claim = self.log.queue.take(tenant, user)
-        if claim is not None:
-            self._fit_claimed(fitter, claim, on_progress, even_if_not_due)
-        return claim is not None
-
     def _fit_claimed(self, fitter: Fitter, claim: Claim, on_progress: ProgressCallback, even_if_not_due: bool) -> None:
         """Fit the user of a claim, and end or release it."""
         try:
@@ -196,12 +189,11 @@ class FitWorker:
             closing(AdapterStore(self.users, claim.tenant)) as store,
             closing(Database(UsersFolder(self.users).log, durable=False)) as database,
         ):
-            config = fitter.model.config
-            grown = grown_history(fitter.dataset, self.log, claim.tenant, claim.user, config.task.kind)
+            grown = fitter.history(self.log, claim.tenant, claim.user)
             if not grown.items:
                 self.log.queue.done(claim, None, "no interactions yet")
                 return
-            if config.users.update.when == "drifted" and not even_if_not_due:
+            if fitter.model.config.users.update.when == "drifted" and not even_if_not_due:
                 variance = self.variances.setdefault(claim.tenant, KnownVariance())
                 waits = not_due(fitter, store, self.log, claim.user, grown, variance)
                 if waits is not None:

@@ -13,7 +13,6 @@ from proper.config import Config, load_run_config
 from proper.errors import InputError, RunFolderError
 from proper.files import atomic_path, hash_file
 from proper.inference.model import PersonalizedModel, ServedUsers
-from proper.layers.bank import AdapterBank
 from proper.models.backbone import configured_backbone
 from proper.models.checkpoints import bases_digest, load_bases, load_groups, load_router, settled
 from proper.models.peft_merge import apply_population
@@ -74,10 +73,7 @@ def serve_users(folder: Path, config: Config, model: ProperModel) -> ServedUsers
     slots = max(2, config.compute.batch_size)
     # The stored dtype: half the memory, a load is one copy, and matrix products run in the input's dtype anyway.
     dtype = torch.bfloat16 if config.users.storage == "bf16" else torch.float32
-    layout = model.user_layout(config.users)
-    bank = AdapterBank(layout, slots, alpha=config.users.alpha, trainable=False, device=model.device, dtype=dtype)
-    model.use_bank(bank)
-    return ServedUsers(store, bank, mean, groups)
+    return ServedUsers(store, model.add_bank(config.users, slots, dtype=dtype), mean, groups)
 
 
 def settle_groups(run: RunFolder, store: AdapterStore) -> None:

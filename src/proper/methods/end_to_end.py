@@ -270,11 +270,9 @@ class JointTraining:
         return [user for user in self.run.dataset.users("target") if user.history > 0]
 
     def _bank(self, model: ProperModel, slots: dict[str, int]) -> AdapterBank:
-        users = self.run.config.users
-        bank = AdapterBank(model.user_layout(users), len(slots), alpha=users.alpha, trainable=True, device=model.device)
+        bank = model.add_bank(self.run.config.users, len(slots), trainable=True)
         for user, slot in slots.items():
             bank.fresh(slot, torch.Generator().manual_seed(seed_of(self.run.seed, "adapter", user)))
-        model.use_bank(bank)
         return bank
 
     def _save(

@@ -18,7 +18,6 @@ from proper.data.histories import Histories
 from proper.evaluation.runner import MethodRun
 from proper.files import write_json
 from proper.inference.model import ServedUsers
-from proper.layers.bank import AdapterBank
 from proper.methods.spec import TrainedRun, TrainingWork
 from proper.methods.stage_methods import answer_with
 from proper.models.backbone import configured_backbone
@@ -41,10 +40,8 @@ def train_leaking(work: TrainingWork) -> None:
 
 def answer_per_user(run: TrainedRun) -> MethodRun:
     """Answer with user adapters directly on the backbone or on population."""
-    model, users = direct_model(run.config, run.folder), run.config.users
-    slots = max(2, run.config.compute.batch_size)
-    bank = AdapterBank(model.user_layout(users), slots, alpha=users.alpha, trainable=False, device=model.device)
-    model.use_bank(bank)
+    model = direct_model(run.config, run.folder)
+    bank = model.add_bank(run.config.users, max(2, run.config.compute.batch_size))
     return answer_with(run, model, ServedUsers(AdapterStore(RunFolder(run.folder).users.path), bank, torch.zeros(1)))
 
 

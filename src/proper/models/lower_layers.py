@@ -41,6 +41,10 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Largest difference of two logits that count as equal, as a share of the largest logit, by the model's dtype."""
 
 
+TOGETHER = 16
+"""Texts whose states a GPU computes at once."""
+
+
 class HiddenStates:
     """Hidden states (T, H) of texts by their token ids, in a file without a name, of at most `limit` bytes.
 
@@ -153,7 +157,7 @@ class LowerLayers:
 
     def _computed(self, texts: Sequence[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], Float[Tensor, "T H"]]]:
         """Run the lower layers on texts and store their states; yield each text's states, on the CPU."""
-        together = 1 if self.device.type == "cpu" else 16
+        together = 1 if self.device.type == "cpu" else TOGETHER
         for at in range(0, len(texts), together):
             piece = texts[at : at + together]
             batch = collate([EncodedExample("", text, len(text) - 1) for text in piece], self.pad, self.device)

@@ -125,6 +125,30 @@ class ProperModel:
             user_targets(self._shapes(), config), config.rank, self.bases if config.form == "core" else None
         )
 
+    def add_bank(
+        self,
+        config: UsersConfig,
+        slots: int,
+        *,
+        trainable: bool = False,
+        dtype: torch.dtype | None = None,
+        dropout: float = 0.0,
+    ) -> AdapterBank:
+        """Make the layers read user adapters from a new bank of `user_layout`, and return it.
+
+        Args:
+            config: settings of stage 3.
+            slots: S.
+            trainable: whether the bank has gradients.
+            dtype: of the bank's values; None: that of the backbone, at least fp32.
+            dropout: dropout rate on the adapters' input.
+        """
+        dtype = dtype or torch.promote_types(self.backbone.model.dtype, torch.float32)
+        layout, device = self.user_layout(config), self.device
+        bank = AdapterBank(layout, slots, alpha=config.alpha, trainable=trainable, device=device, dtype=dtype)
+        self.use_bank(bank, dropout)
+        return bank
+
     def use_bank(self, bank: AdapterBank | None, dropout: float = 0.0) -> None:
         """Make the layers in `bank` read user adapters from it, with this dropout rate on the adapters' input."""
         for name, layer in self.layers.items():

@@ -60,9 +60,7 @@ def train_router(model: ProperModel, jobs: Jobs, load: Load, plan: RouterPlan, t
         parameter.data.zero_()
         parameter.requires_grad_(True)
     done, _ = resume_adamw(plan.checkpoint, optimizer, parameters)
-    layout = model.user_layout(plan.config)
-    bank = AdapterBank(layout, plan.slots, alpha=plan.config.alpha, trainable=False, device=model.device)
-    model.use_bank(bank)
+    bank = model.add_bank(plan.config, plan.slots)
     with progress(title, plan.rows) as advance:
         for step, (seen, work) in enumerate(_steps(jobs, bank, load, plan, done), start=done):
             for group in optimizer.param_groups:

@@ -25,7 +25,6 @@ from torch import Tensor
 from proper.config import UsersConfig
 from proper.console import Bar, progress
 from proper.data.encoder import EncodedExample
-from proper.layers.bank import AdapterBank
 from proper.layers.low_rank import pull_
 from proper.models.personal import ProperModel
 from proper.training.checkpoint import Checkpoint, seed_of
@@ -70,16 +69,12 @@ class MultiUserTrainer:
     ) -> None:
         self.model, self.config, self.rate, self.seed, self.pad = model, config, rate, seed, pad
         self._observe, self.each = observe, config.batch_size
-        dtype = torch.promote_types(model.backbone.model.dtype, torch.float32)
-        self.bank = AdapterBank(
-            model.user_layout(config), slots, alpha=config.alpha, trainable=True, device=model.device, dtype=dtype
-        )
+        self.bank = model.add_bank(config, slots, trainable=True, dropout=config.dropout)
         self.optimizer = RowAdamW.of(self.bank.values, weight_decay=config.weight_decay)
         self.best = torch.zeros_like(self.bank.values)
         self.slots: list[tuple[Job, FitProgress] | None] = [None] * slots
         self.results: list[FitResult] = []
         self.started = self.steps = 0
-        model.use_bank(self.bank, dropout=config.dropout)
 
     def run(
         self, jobs: Jobs, done: Done, checkpoint: Checkpoint | None, log: Log, title: str, bar: Bar = progress

@@ -24,7 +24,6 @@ from proper.errors import ConfigError
 from proper.files import read_json, write_json
 from proper.inference.forward import decode, prefill
 from proper.inference.kv_cache import RowCache
-from proper.layers.bank import AdapterBank
 from proper.layers.batch_context import RowContext
 from proper.models.backbone import EMBEDDED, Backbone
 from proper.models.checkpoints import load_tensors, save_tensors
@@ -173,11 +172,9 @@ def _try_personal(backbone: Backbone, config: Config, batch: Batch, place: Path)
     model.add_lora_router(config.users)
     if config.users.form == "core":
         model.bases = random_bases(model, config.users, torch.Generator().manual_seed(0))
-    layout = model.user_layout(config.users)
-    bank = AdapterBank(layout, len(SAMPLES), alpha=config.users.alpha, trainable=True, device=model.device)
+    bank = model.add_bank(config.users, len(SAMPLES), trainable=True)
     for slot in range(len(SAMPLES)):
         bank.fresh(slot, torch.Generator().manual_seed(slot))
-    model.use_bank(bank)
     embedding = torch.ones(len(SAMPLES), model.embedding_size, device=model.device, requires_grad=True)
     slots = torch.arange(len(SAMPLES), device=model.device)
     own = RowContext("users", embedding=embedding, slots=slots)

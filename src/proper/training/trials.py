@@ -20,7 +20,6 @@ import torch
 from proper.adapters.store import AdapterStore
 from proper.files import write_json
 from proper.json_records import read_record
-from proper.layers.bank import AdapterBank
 from proper.training.held_out import item_variance, per_token, spread
 from proper.training.jobs import PARTS, HistoryJobs, full_passes, refusal
 from proper.training.microbatching import item_losses
@@ -109,17 +108,14 @@ def _curve(stage: UserStage, jobs: HistoryJobs, at: int, store: AdapterStore) ->
 
 def _measured(stage: UserStage, jobs: HistoryJobs, store: AdapterStore) -> Iterator[Trial]:
     """Yield every user's held-out loss on the group tier and in the served form."""
-    layout, model = stage.model.user_layout(stage.config), stage.model
-    dtype = torch.promote_types(model.backbone.model.dtype, torch.float32)
-    alpha, device = stage.config.alpha, model.device
-    bank = AdapterBank(layout, stage.slots, alpha=alpha, trainable=False, device=device, dtype=dtype)
-    model.use_bank(bank)
+    model = stage.model
+    bank = model.add_bank(stage.config, stage.slots)
     for at in range(0, len(jobs), stage.slots):
         cohort = {slot: jobs[at + slot] for slot in range(min(stage.slots, len(jobs) - at))}
         passes: dict[int, int] = {}
         for slot, job in cohort.items():
             adapter, metadata = adapter_of(store, job.user)
-            layout.pack(adapter, bank.values[slot])
+            bank.layout.pack(adapter, bank.values[slot])
             passes[slot] = int(metadata["passes"])
         group = item_losses(model, cohort, "groups", stage.pad)
         own = item_losses(model, cohort, "users", stage.pad)
