@@ -64,7 +64,7 @@ def peak_of_a_step(model: ProperModel, config: UsersConfig, slots: int, length: 
     jobs = [Job(f"u{at}", torch.zeros(128), (row,) * config.batch_size) for at in range(slots)]
     engine = MultiUserTrainer(model, config, 1e-3, 0, slots, pad=0)
     engine._fill_slots(jobs)
-    chosen = {slot: engine.job_in(slot)[0].batch(0, 0, engine.each) for slot in range(slots)}
+    chosen = {slot: engine.job_in(slot)[0].batch(0, 0, engine.config.batch_size) for slot in range(slots)}
     engine._backward(chosen)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         engine._backward(chosen)

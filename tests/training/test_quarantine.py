@@ -86,7 +86,7 @@ def test_a_nan_in_a_step_changes_no_other_users_bit(grouped: Build, jobs: list[J
         work = [replace(job, embedding=embedding) if job.user == "bob" else job for job in jobs]
         engine = MultiUserTrainer(grouped(), UsersConfig(), 5e-3, 0, 5, pad=0)
         engine._fill_slots(work)
-        engine._backward({slot: engine.job_in(slot)[0].batch(0, 0, engine.each) for slot in range(5)})
+        engine._backward({slot: engine.job_in(slot)[0].batch(0, 0, engine.config.batch_size) for slot in range(5)})
         assert engine.bank.gradients is not None
         gradients.append(engine.bank.gradients.clone())
     others = [0, 2, 3, 4]

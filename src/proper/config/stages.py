@@ -15,7 +15,7 @@ Rate = Positive | Literal["auto"]
 
 
 class OptimizerConfig(Section):
-    """Optimizer settings of every stage; `learning_rate: auto` scales the paper's rate by 4096 / hidden size.
+    """Optimizer settings of every stage.
 
     Attributes:
         epochs: passes over the stage's rows.

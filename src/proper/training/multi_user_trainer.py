@@ -52,7 +52,6 @@ class MultiUserTrainer:
         best: each slot's values at its lowest held-out loss so far (S, P).
         slots: each slot's job and its progress; None for a free slot.
         results: results that `done` has not received yet.
-        each: rows of each user in a step.
         started: number of jobs that were given a slot, or quarantined before.
         steps: optimizer steps done.
     """
@@ -68,7 +67,7 @@ class MultiUserTrainer:
         observe: Observe = lambda steps, work: None,
     ) -> None:
         self.model, self.config, self.rate, self.seed, self.pad = model, config, rate, seed, pad
-        self._observe, self.each = observe, config.batch_size
+        self._observe = observe
         self.bank = model.add_bank(config, slots, trainable=True, dropout=config.dropout)
         self.optimizer = RowAdamW.of(self.bank.values, weight_decay=config.weight_decay)
         self.best = torch.zeros_like(self.bank.values)
@@ -106,7 +105,7 @@ class MultiUserTrainer:
     def _share(self, jobs: int) -> float:
         """Return the share of all steps that is done, as if every user took all of theirs."""
         occupied = filter(None, self.slots)
-        begun = sum(state.step / (job.steps_per_pass(self.each) * job.epochs) for job, state in occupied)
+        begun = sum(state.step / (job.steps_per_pass(self.config.batch_size) * job.epochs) for job, state in occupied)
         return (self._finished() + begun) / jobs
 
     def _hand_over(self, done: Done, checkpoint: Checkpoint | None = None, again: bool = False) -> None:
@@ -149,7 +148,9 @@ class MultiUserTrainer:
     def _step(self) -> dict[str, Any] | None:
         """Take one optimizer step for all users in slots; if a user is quarantined, update nothing and return None."""
         occupied = {slot: entry for slot, entry in enumerate(self.slots) if entry is not None}
-        chosen = {slot: job.batch(self.seed, state.step, self.each) for slot, (job, state) in occupied.items()}
+        chosen = {
+            slot: job.batch(self.seed, state.step, self.config.batch_size) for slot, (job, state) in occupied.items()
+        }
         losses, tokens, padded = self._backward(chosen)
         assert (gradients := self.bank.gradients) is not None
         if self.config.distance:
@@ -201,13 +202,13 @@ class MultiUserTrainer:
     def _rate(self, slot: int) -> float:
         """Return the learning rate of a slot's next step, by the schedule of its own job."""
         job, state = self.job_in(slot)
-        steps = job.steps_per_pass(self.each) * (job.horizon or job.epochs)
+        steps = job.steps_per_pass(self.config.batch_size) * (job.horizon or job.epochs)
         return self.rate * rate_factor(state.step, steps, self.config.warmup, self.config.schedule)
 
     def _pass_ended(self) -> None:
         """Compute the held-out loss of users who have just ended a pass, and free the slots of finished users."""
         occupied = ((slot, *entry) for slot, entry in enumerate(self.slots) if entry is not None)
-        ended = [slot for slot, job, state in occupied if state.step % job.steps_per_pass(self.each) == 0]
+        ended = [slot for slot, job, state in occupied if state.step % job.steps_per_pass(self.config.batch_size) == 0]
         self._measure([slot for slot in ended if self._passes(slot) in self.job_in(slot)[0].measured_passes])
         for slot in ended:
             if self.slots[slot] is not None and self._is_finished(slot):
@@ -246,7 +247,7 @@ class MultiUserTrainer:
 
     def _passes(self, slot: int) -> int:
         job, state = self.job_in(slot)
-        return state.step // job.steps_per_pass(self.each)
+        return state.step // job.steps_per_pass(self.config.batch_size)
 
     def _dropout_generators(self, work: Sequence[Work]) -> list[torch.Generator]:
         """Return each row's generator, which depends on the seed, the user, the step and the row only."""
@@ -269,6 +270,7 @@ class MultiUserTrainer:
         return {"values": self.bank.values, "best": self.best, **self.optimizer.tensors(), **rows}
 
     def _metadata(self) -> dict[str, Any]:
+        # Not called as in the code: a run that an earlier version began goes on from its checkpoint.
         return {
             "taken": self.started,
             "steps": self.steps,

@@ -94,12 +94,12 @@ class StageRunner:
         self.rows = with_task_weights(config, dataset, self.encoder, seed)
         self.personal = self.rows if personal is None else personal(self.encoder)
 
-    def run(self, stages: Sequence[str], elsewhere: FitAdapters | None = None) -> None:
+    def run(self, stages: Sequence[str], fitting: FitAdapters | None = None) -> None:
         """Train the given stages, in their order; earlier stages must be done.
 
         Args:
             stages: any of `Stage`.
-            elsewhere: fits the users' adapters in other processes; None: this process does.
+            fitting: fits the users' adapters in other processes; None: this process does.
 
         Raises:
             RunFolderError: the predecessor of a given stage is neither done nor given.
@@ -112,7 +112,7 @@ class StageRunner:
         with model.caching(self.folder, self.config.compute.cache_mb):
             self._groups(model, Stage.GROUPS in stages)
             if last == 2:
-                self._users(model, elsewhere)
+                self._users(model, fitting)
 
     def trained_groups(self) -> ProperModel:
         """Return the model with the trained stages 1 and 2, on which users are fitted.
@@ -204,7 +204,7 @@ class StageRunner:
         if found is not None:
             save_encoder(self.run_folder.encoder, found)
 
-    def _users(self, model: ProperModel, elsewhere: FitAdapters | None) -> None:
+    def _users(self, model: ProperModel, fitting: FitAdapters | None) -> None:
         if self._is_done(Stage.USERS, wanted=True):
             return
         if not self.accelerator.is_main_process:
@@ -213,7 +213,7 @@ class StageRunner:
             return
         model.add_lora_router(self.config.users)
         store = AdapterStore(self.run_folder.users.path)
-        stage = self._user_stage(model, store, elsewhere)
+        stage = self._user_stage(model, store, fitting)
         with self._recorded(Stage.USERS, {"users": len(stage.users)}) as metadata:
             train_bases(stage, self.run_folder.users.bases)
             store.bind(bases_digest(self.run_folder.users.bases))
@@ -223,7 +223,7 @@ class StageRunner:
         shutil.rmtree(stage.folder, ignore_errors=True)
         store.close()
 
-    def _user_stage(self, model: ProperModel, store: AdapterStore, elsewhere: FitAdapters | None) -> UserStage:
+    def _user_stage(self, model: ProperModel, store: AdapterStore, fitting: FitAdapters | None) -> UserStage:
         """Return the inputs of stage 3, with the embeddings of stage 2; bind the store to backbone and groups."""
         # Adapters fit only these group experts: after retraining in place, the hash differs and the store refuses.
         groups = hash_file(self.run_folder.experts)
@@ -249,7 +249,7 @@ class StageRunner:
             seed=self.seed,
             checkpoint_seconds=self.config.compute.checkpoint_seconds,
             log=self.log,
-            elsewhere=elsewhere,
+            fitting=fitting,
         )
 
     def _plan(self, stage: SharedStage, sample: SampledRows) -> TrainingPlan:

@@ -93,7 +93,7 @@ def older_adapters(stage: UserStage, start: Float[Tensor, "P"], name: str) -> It
     spread = users[:: max(1, -(-len(users) // MAX_USERS))]
     with closing(AdapterStore(stage.folder / name)) as store:
         config = stage.config.model_copy(update={"storage": "fp32"})
-        source = replace(stage, config=config, store=store, elsewhere=None, starts=lambda user, embedding: start)
+        source = replace(stage, config=config, store=store, fitting=None, starts=lambda user, embedding: start)
         jobs = replace(source.jobs(spread, trial=True), measured=False)
         fit_adapters(source, AdapterPhase(name, jobs, store))
         for user in jobs.users:

@@ -85,7 +85,8 @@ class UserStage:
         others: users whose trials are known, for pooled decisions; none by default.
         starts: where each user's adapter starts.
         bar: progress bar of the number of users fitted.
-        elsewhere: runs stage 3a in other processes; None: it runs in this one.
+        fitting: fits the adapters of a phase in place of this stage, in other processes or together with those of other
+            stages; None: `fit_adapters` does it here.
     """
 
     model: ProperModel
@@ -104,7 +105,7 @@ class UserStage:
     others: Others = no_others
     starts: Starts = fresh
     bar: Bar = progress
-    elsewhere: FitAdapters | None = None
+    fitting: FitAdapters | None = None
 
     @property
     def slots(self) -> int:
@@ -149,7 +150,7 @@ class UserStage:
 
 
 FitAdapters = Callable[[UserStage, AdapterPhase], None]
-"""Type of `fit_adapters`, for what runs stage 3a in other processes."""
+"""Type of `fit_adapters`, and of what does its work in other ways (`UserStage.fitting`)."""
 
 
 def fit_adapters(stage: UserStage, phase: AdapterPhase) -> None:
@@ -158,8 +159,8 @@ def fit_adapters(stage: UserStage, phase: AdapterPhase) -> None:
     marker = fit_marker(stage.folder, phase.name)
     if marker.exists() or not len(jobs):
         return
-    if stage.elsewhere is not None:
-        stage.elsewhere(stage, phase)
+    if stage.fitting is not None:
+        stage.fitting(stage, phase)
         write_json(marker, {"users": len(jobs)})
         return
     checkpoint = stage.checkpoint(f"{phase.name}-fit")

@@ -83,12 +83,12 @@ def train_together(stages: Sequence[UserStage], bar: Bar) -> None:
         waiting: list[_Waiting] = []
 
         def later(stage: UserStage, phase: AdapterPhase, found: list[_Waiting] = waiting) -> None:
-            found.append(_Waiting(replace(stage, elsewhere=None), phase))
+            found.append(_Waiting(replace(stage, fitting=None), phase))
             raise _Waits
 
         for stage in left:
             try:
-                train_users(replace(stage, elsewhere=later))
+                train_users(replace(stage, fitting=later))
             except _Waits:
                 continue
         if waiting:
