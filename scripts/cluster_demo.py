@@ -32,8 +32,7 @@ from proper.data.demo.generate import demo_run, write_demo
 from proper.data.demo.users import DemoSettings
 from proper.files import read_json, write_json
 from proper.inference import load
-from proper.inference.generate import respond
-from proper.inference.sampling import Sampling
+from proper.inference.generate import generate
 from proper.run_folder import RunFolder
 
 BOUND = 1e-4
@@ -153,8 +152,7 @@ def served(run: Path) -> dict[str, Any]:
     model = load(run)
     label = (model.config.task.labels or ["news"])[0]
     with closing(model):
-        answers = respond(model, [prompt for _, prompt in asked], users, Sampling(LENGTH))
-    texts = [answer.text for answer in answers]
+        texts = generate(model, [prompt for _, prompt in asked], users, max_new_tokens=LENGTH)
     expected = dict(zip(users, texts, strict=True))
     with serving(run, "--rows", "16", "--cluster", "local:2") as (url, pid):
         with ThreadPoolExecutor(len(asked)) as threads:

@@ -21,7 +21,7 @@ from proper.enrolment.fit_user import Fitter, open_fitter
 from proper.enrolment.worker import FitWorker
 from proper.errors import InputError, ProperError, RunFolderError
 from proper.export.run_export import Format, export_user
-from proper.inference.generate import Answer, answer_length, respond
+from proper.inference.generate import Answer, generate, respond
 from proper.inference.loading import load as load_personalized
 from proper.inference.model import PersonalizedModel
 from proper.inference.sampling import Sampling
@@ -248,11 +248,16 @@ class Model:
             InputError: the two lists differ in length, or a prompt is empty.
             StoreError: a user's adapter is damaged.
         """
-        number = self.config.task_number(task)
-        length = answer_length(self.config, number) if max_new_tokens is None else max_new_tokens
-        sampling = Sampling(length, temperature, top_p, seed)
-        answers = respond(self.personalized, _texts(prompts), user_ids, sampling, task=number)
-        return [answer.text for answer in answers]
+        return generate(
+            self.personalized,
+            _texts(prompts),
+            user_ids,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            task=task,
+        )
 
     def respond(
         self, prompts: Sequence[str], user_ids: Sequence[str | None], sampling: Sampling | None = None

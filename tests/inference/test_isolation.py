@@ -19,7 +19,7 @@ from proper.errors import InputError, ProperError, StoreError
 from proper.inference import PersonalizedModel, load
 from proper.inference.adapter_manager import DAMAGED, DAMAGED_EMBEDDING
 from proper.inference.engine import Engine
-from proper.inference.generate import respond
+from proper.inference.generate import generate
 from proper.inference.kv_cache import RowCache
 from proper.inference.requests import EngineLimits, Finished, Request, Started
 from proper.inference.sampling import Sampling
@@ -247,7 +247,7 @@ def test_what_an_older_version_stored_falls_back(copied: PersonalizedModel) -> N
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("proper.adapters.records.require_sound", lambda *_: None)
         store.put([replace(record, user="u1", embedding=torch.full((16,), torch.inf))])
-    for call in (lambda: respond(copied, ["Well?"], ["u1"]), lambda: score(copied, ["Well?"], ["u1"], ["a", "b"])):
+    for call in (lambda: generate(copied, ["Well?"], ["u1"]), lambda: score(copied, ["Well?"], ["u1"], ["a", "b"])):
         with pytest.raises(StoreError, match=r"user 'u1': embedding: numbers that are not finite"):
             call()
 

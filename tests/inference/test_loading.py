@@ -17,7 +17,7 @@ from proper.config import UsersConfig
 from proper.data.batching import by_length
 from proper.errors import InputError, ProperError, RunFolderError
 from proper.files import write_json
-from proper.inference.generate import respond
+from proper.inference.generate import generate, respond
 from proper.inference.loading import load
 from proper.inference.model import PersonalizedModel
 from proper.inference.score import score, score_labels
@@ -86,21 +86,18 @@ def model(run: Path) -> Iterator[PersonalizedModel]:
     loaded.close()
 
 
-def texts_of(model: PersonalizedModel, prompts: list[str], users: Sequence[str | None]) -> list[str]:
-    return [answer.text for answer in respond(model, prompts, users)]
-
-
 def test_who_answers(model: PersonalizedModel) -> None:
     answers = respond(model, PROMPTS, USERS)
     assert [answer.tier for answer in answers] == ["users", "groups", "none", "none"]
     assert [answer.user for answer in answers] == USERS
+    assert generate(model, PROMPTS, USERS) == [answer.text for answer in answers]
 
 
 def test_a_mixed_batch_answers_as_each_user_alone(model: PersonalizedModel) -> None:
-    together = texts_of(model, PROMPTS * 2, ALL + USERS)
+    together = generate(model, PROMPTS * 2, ALL + USERS)
     for prompt, user, text in zip(PROMPTS * 2, ALL + USERS, together, strict=True):
-        assert texts_of(model, [prompt], [user]) == [text]
-    same = texts_of(model, [PROMPTS[0]] * 4, ["own", "other", "group", "stranger"])
+        assert generate(model, [prompt], [user]) == [text]
+    same = generate(model, [PROMPTS[0]] * 4, ["own", "other", "group", "stranger"])
     assert len(set(same)) == 4, "each user has an answer of their own"
 
 
@@ -143,7 +140,7 @@ def test_each_stage_adds_its_part_of_the_model(run: Path, model: PersonalizedMod
     for stage in ("base", "population", "groups", "users"):
         at = load(run, stage)  # type: ignore[arg-type]
         tiers[stage] = [answer.tier for answer in respond(at, PROMPTS[:2], ["own", "stranger"])]
-        texts[stage] = texts_of(at, PROMPTS, ["own"] * 4)
+        texts[stage] = generate(at, PROMPTS, ["own"] * 4)
         at.close()
     assert tiers == {
         "base": ["base"] * 2,
@@ -153,19 +150,19 @@ def test_each_stage_adds_its_part_of_the_model(run: Path, model: PersonalizedMod
     }
     assert texts["base"] == texts["population"], "this population adapter is zero"
     assert texts["population"] != texts["groups"] != texts["users"]
-    assert texts["users"] == texts_of(model, PROMPTS, ["own"] * 4)
+    assert texts["users"] == generate(model, PROMPTS, ["own"] * 4)
 
 
 def test_what_is_wrong_with_a_question(model: PersonalizedModel) -> None:
     with pytest.raises(InputError, match="2 prompts and 1 user ids"):
-        texts_of(model, ["a", "b"], ["own"])
+        generate(model, ["a", "b"], ["own"])
     with pytest.raises(InputError, match="a prompt is empty"):
-        texts_of(model, ["a", " \n"], ["own", "own"])
-    assert texts_of(model, [], []) == []
+        generate(model, ["a", " \n"], ["own", "own"])
+    assert generate(model, [], []) == []
 
 
 def test_a_prompt_longer_than_the_model_is_cut(model: PersonalizedModel) -> None:
-    answers = texts_of(model, ["word " * 500 + "What now?", "🎈 שלום " * 100], ["own", None])
+    answers = generate(model, ["word " * 500 + "What now?", "🎈 שלום " * 100], ["own", None])
     assert len(answers) == 2
 
 

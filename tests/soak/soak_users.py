@@ -20,8 +20,7 @@ from proper.enrolment.fit_user import open_fitter
 from proper.enrolment.worker import FitWorker
 from proper.errors import StoreError
 from proper.inference import load
-from proper.inference.generate import respond
-from proper.inference.sampling import Sampling
+from proper.inference.generate import generate
 from proper.interactions.log import InteractionLog, LogEntry
 
 PROMPT = "What is your code word?"
@@ -129,8 +128,8 @@ def offline(
     with closing(load(folder)) as model:
         for length in LENGTHS:
             these = [one for one in wanted if one[3] == length]
-            answers = respond(model, [PROMPT] * len(these), _users(these), Sampling(length))
-            found |= {one: answer.text for one, answer in zip(these, answers, strict=True)}
+            texts = generate(model, [PROMPT] * len(these), _users(these), max_new_tokens=length) if these else []
+            found |= dict(zip(these, texts, strict=True))
     return found
 
 

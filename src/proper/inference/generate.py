@@ -50,6 +50,24 @@ class Continuation:
             self.advance(1)
 
 
+def generate(
+    model: PersonalizedModel,
+    prompts: Sequence[str],
+    user_ids: Sequence[str | None],
+    *,
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    task: str | None = None,
+) -> list[str]:
+    """Return the text of each answer; see `respond`. `task` is a name; None is the run's first or only one."""
+    number = model.config.task_number(task)
+    length = answer_length(model.config, number) if max_new_tokens is None else max_new_tokens
+    sampling = Sampling(length, temperature, top_p, seed)
+    return [answer.text for answer in respond(model, prompts, user_ids, sampling, task=number)]
+
+
 def answer_length(config: Config, task: int = 0) -> int:
     """Return `task.max_new_tokens` of a task, by its number."""
     return list(config.each_task.values())[task].task.max_new_tokens
