@@ -96,6 +96,11 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
     return f"known: {shown}" if known else "none is known"
 
 
+def shortened(text: str, most: int = 40) -> str:
+    """Return the beginning of a text that a message quotes."""
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def first_line(error: BaseException, longest: int | None = None) -> str:
     """Return another library's error as one line, or its class if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:longest]

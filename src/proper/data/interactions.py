@@ -24,7 +24,7 @@ from proper.data.values import (
     rating_of,
     written_id,
 )
-from proper.errors import DataError, did_you_mean
+from proper.errors import DataError, did_you_mean, shortened
 
 _SHOWN = 20
 
@@ -269,4 +269,4 @@ def _check_characters(name: str, text: str | None) -> None:
 
 
 def _short(text: str) -> str:
-    return repr(text if len(text) <= 40 else text[:40] + "...")
+    return repr(shortened(text))

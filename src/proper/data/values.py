@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from decimal import Decimal
 
+from proper.errors import shortened
+
 OUT_OF_RANGE = "a time outside of the years 1 to 9999"
 
 MAX_ID_LENGTH = 512
@@ -155,8 +157,7 @@ def _from_text(text: str) -> float:
             return _from_number(float(text))
         return _from_datetime(datetime.fromisoformat(text.removesuffix(" UTC")))  # as BigQuery writes it
     except (ValueError, OverflowError):
-        shown = text if len(text) <= 40 else text[:40] + "..."
-        raise ValueError(f"{shown!r} is not a time") from None
+        raise ValueError(f"{shortened(text)!r} is not a time") from None
 
 
 def _from_number(number: float | Decimal) -> float:

@@ -17,6 +17,9 @@ from proper.evaluation.metrics import FloatArray
 
 IntArray = NDArray[np.int64]
 
+_ROUNDING = 1e-2
+"""Largest deviation from 1 of the sum of a user's gates, which may be bf16."""
+
 
 def analyze_routing(
     gates: ArrayLike,
@@ -174,7 +177,7 @@ def _checked(gates: ArrayLike, users: Sequence[str]) -> FloatArray:
     array = np.asarray(gates, dtype=np.float64)
     if array.ndim != 3 or array.shape[0] != len(users) or 0 in array.shape:
         raise DataError(f"gates must be (users, modules, experts) for {len(users)} users, not {array.shape}")
-    wrong = ~np.isfinite(array).all(axis=(1, 2)) | (np.abs(array.sum(axis=2) - 1) > 1e-2).any(axis=1)
+    wrong = ~np.isfinite(array).all(axis=(1, 2)) | (np.abs(array.sum(axis=2) - 1) > _ROUNDING).any(axis=1)
     if wrong.any():
         raise DataError(f"gates of user {users[int(wrong.argmax())]}: they do not sum to 1 in every module")
     # fp32 or bf16 sums deviate slightly from 1; the information figures need exactly 1.

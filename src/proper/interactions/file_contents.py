@@ -24,6 +24,7 @@ from zlib import error as ZlibError
 from proper.sqlite_files import open_to_read
 
 CHUNK = 1 << 22
+_ROWS = 1000  # rows of a table in memory at once
 _DEPTH = 4
 _SQLITE, _PARQUET, _ZSTD = b"SQLite format 3\0", b"PAR1", b"\x28\xb5\x2f\xfd"
 UNREADABLE = (OSError, EOFError, sqlite3.Error, zipfile.BadZipFile, lzma.LZMAError, ZlibError, ValueError, RuntimeError)
@@ -150,6 +151,6 @@ def _cells(path: Path) -> Iterator[bytes]:
         for (table,) in tables:
             name = table.decode().replace('"', '""')
             rows = data.execute(f'SELECT * FROM "{name}"')
-            while some := rows.fetchmany(1000):
+            while some := rows.fetchmany(_ROWS):
                 cells = [cell for row in some for cell in (b"", *row, b"") if isinstance(cell, bytes)]
                 yield b"\0".join(cells)

@@ -18,6 +18,8 @@ from proper.interactions.user_rows import users_of_data, users_of_stores
 from proper.run_folder import RunFolder, nested_runs
 from proper.sqlite_files import open_to_read
 
+_ROWS = 1000  # rows of a table in memory at once
+
 
 def other_ids(run: RunFolder, names: set[str]) -> Iterator[str]:
     """Yield the ids of all other users of the run's data, store and log, those of other tenants included."""
@@ -57,5 +59,5 @@ def texts_of_others(run: RunFolder, names: set[str]) -> Iterator[bytes]:
 def _cells(path: Path, query: str, values: Sequence[Any]) -> Iterator[bytes]:
     with closing(open_to_read(path)) as data:
         rows = data.execute(query, values)
-        while some := rows.fetchmany(1000):
+        while some := rows.fetchmany(_ROWS):
             yield "\0".join(str(cell) for row in some for cell in ("", *row, "")).encode("utf-8", "surrogatepass")

@@ -30,6 +30,13 @@ from proper.reports.reading import mapping, number
 from proper.run_folder import STEPS
 
 ALPHA = 0.05
+
+FEW_QUERIES = 30
+"""Queries of a user below which the report says that one user's gain is noisy."""
+
+MIN_CORRELATED = 10
+"""Users below which no correlation of gain and history is stated."""
+
 Outcome = Literal["gain", "loss", "none"]
 
 
@@ -191,7 +198,7 @@ def gain_story(gains: Sequence[UserGain], step: str) -> list[str]:
     if step == "users" and kept:
         story.append(f"{plural(len(kept), 'user')} are served without an adapter of their own.")
     queries = [user.queries for user in gains if user.queries]
-    if queries and (few := median(queries)) < 30:
+    if queries and (few := median(queries)) < FEW_QUERIES:
         story.append(f"A user has {few:g} queries at the median, so the bar of one user is noisy.")
     return story
 
@@ -203,7 +210,7 @@ def gain_of(user: UserGain, step: str) -> float | None:
 
 def _relation(history: Sequence[int], gains: Sequence[float]) -> list[str]:
     """Return a sentence on whether gains grow with history length: Spearman's rank correlation against 2 / sqrt(n)."""
-    if len(history) < 10 or len(set(history)) < 2 or len(set(gains)) < 2:
+    if len(history) < MIN_CORRELATED or len(set(history)) < 2 or len(set(gains)) < 2:
         return []
     rho = float(np.corrcoef(_ranks(history), _ranks(gains))[0, 1])
     tail = f"(rank correlation {signed(rho, 2)})."

@@ -22,6 +22,10 @@ from proper.simulation.schema import ClusterConfig, SimulationConfig
 
 VERSION = 40
 """Bit at which the version of a user's adapter begins in a key; the bits below are the user."""
+
+REPORTED = 1000
+"""Requests between two calls of the progress callback."""
+
 FILL_DRAWS = 20
 """Draws per entry after which the search for the stationary content of a cache gives up."""
 
@@ -134,8 +138,8 @@ def _source(
         yield env.timeout(max(0.0, request.time - env.now))
         at, spilled = route(request.user)
         machines[at].submit(SimulatedRequest(env.now, keys(request.user), request.prompt, request.answer, spilled))
-        if advance is not None and number % 1000 == 999:
-            advance(1000)
+        if advance is not None and (number + 1) % REPORTED == 0:
+            advance(REPORTED)
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,12 @@ COMPONENTS = 16, 32, 12
 """Principal components of surprise, answer and context."""
 SIZES = (1, 1, 2, 2, 5, 5, 10)
 """Sizes of the random subsets of a user's items, beside all of them."""
+NEGLIGIBLE = 1e-4
+"""Share of the largest singular value up to which a component counts as rounding."""
 HIDDEN, STEPS, CHECKED = 32, 200, 5
 """Hidden units of the network, its largest number of steps, and the steps between two measurements."""
+RATE, DECAY = 1e-2, 0.1
+"""Learning rate and weight decay of the network."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ def project(features: Float[Tensor, "N F"]) -> ItemProjection:
 
 def _components(part: Float[Tensor, "N F"], count: int) -> Float[Tensor, "J K"]:
     _, sizes, directions = torch.linalg.svd(part.double(), full_matrices=False)
-    kept = [at for at in range(min(count, len(sizes))) if sizes[at] > 1e-4 * sizes[0]]
+    kept = [at for at in range(min(count, len(sizes))) if sizes[at] > NEGLIGIBLE * sizes[0]]
     scaled: Tensor = directions[kept] / sizes[kept].unsqueeze(1) * math.sqrt(len(part))
     return scaled.T.float().contiguous()
 
@@ -110,7 +114,7 @@ class Regression:
         first = torch.randn(HIDDEN, width, generator=draw) / math.sqrt(width)
         shapes = first, torch.zeros(HIDDEN), torch.zeros(size, HIDDEN)
         parameters = [nn.Parameter(each) for each in shapes]
-        optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
+        optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=DECAY)
         best: tuple[Readout, int, float] | None = None
         for step in range(1, steps + 1):
             optimizer.zero_grad()

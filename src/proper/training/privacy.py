@@ -45,8 +45,11 @@ from proper.training.trainer import TrainableStage, TrainingPlan, parts_of, requ
 ORDERS = [*(1 + x / 100 for x in (1, 5, 10, 20, 30, 50, 75)), *range(2, 64), 128, 256]
 """Renyi orders of the accountant: small ones are the best for large epsilons. Those that are not whole are slow."""
 
-MAX_NOISE = 1000
-"""Largest noise multiplier that is tried for an epsilon."""
+MIN_NOISE, MAX_NOISE = 0.05, 1000
+"""Smallest and largest noise multiplier that is tried for an epsilon."""
+
+NOISE_PRECISION = 1.004
+"""Ratio of two noise multipliers at which the search between them ends; the larger one is taken."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +90,14 @@ def with_noise(privacy: PrivacyConfig, stages: Sequence[UserSampling]) -> tuple[
     if privacy.epsilon is None:
         assert privacy.noise_multiplier is not None
         return privacy, epsilon_of(privacy.noise_multiplier, privacy, stages)
-    low, high = 0.05, 0.1
+    low, high = MIN_NOISE, 2 * MIN_NOISE
     while epsilon_of(high, privacy, stages) > privacy.epsilon:
         low, high = high, 2 * high
         if high > MAX_NOISE:
             raise ConfigError(
                 f"privacy.epsilon: {privacy.epsilon:g} needs a noise multiplier above {MAX_NOISE:g}; raise epsilon"
             )
-    while high / low > 1.004:
+    while high / low > NOISE_PRECISION:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if epsilon_of(middle, privacy, stages) <= privacy.epsilon else (middle, high)
     found = privacy.model_copy(update={"noise_multiplier": high})

@@ -54,8 +54,8 @@ PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Ridge penalties, as a share of the number of rows."""
 GAINS = 1.0, 2.0, 4.0
 """Factors on the placed embeddings' distance from the mean: a regression from few items shrinks it."""
-HELD_OUT, MAX_HELD_OUT = 0.2, 64
-"""Share and largest number of users held out for the choice."""
+HELD_OUT, MIN_HELD_OUT, MAX_HELD_OUT = 0.2, 4, 64
+"""Share of the users who are held out for the choice, and the limits of their number."""
 PLACED_FROM, ASKED = (2, 5), 4
 """The choice's answer loss: embeddings from so many items, on so many others of the user."""
 _BATCH = 32  # rows of a forward pass
@@ -97,7 +97,7 @@ def train_encoder(
     rng = random.Random(seed_of(seed, "encoder"))
     rng.shuffle(known)
     known.sort(key=lambda user: len(user.items) <= PLACED_FROM[0])  # those who can be held out first, in random order
-    held = min(MAX_HELD_OUT, max(4, round(HELD_OUT * len(known))), enough // 2)
+    held = min(MAX_HELD_OUT, max(MIN_HELD_OUT, round(HELD_OUT * len(known))), enough // 2)
     fit = Regression.of(known[held:], effect, rng)
     test = Regression.of(known[:held], effect, rng, fit.pooling)
 

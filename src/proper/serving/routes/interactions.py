@@ -12,6 +12,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Query
 
 from proper.data.rows import BadValue
+from proper.data.values import MAX_ID_LENGTH
 from proper.errors import UnstorableError
 from proper.interactions.log import ConflictError, DeletedError, ExistsError, LogEntry, UserIdError
 from proper.interactions.parsing import Read, plain_reader, with_known_labels
@@ -46,7 +47,7 @@ def enrolment_routes(router: APIRouter, model: AnsweringModel, lookup: TenantLoo
         user: Annotated[str, Depends(user_in_path)],
         body: InteractionBatch,
         caller: WriteCaller,
-        tenant: Annotated[str | None, Query(max_length=512)] = None,
+        tenant: Annotated[str | None, Query(max_length=MAX_ID_LENGTH)] = None,
     ) -> AppendReply:
         """Add interactions of a user; interactions that are already stored count as duplicates."""
         users = lookup(caller, tenant)

@@ -9,6 +9,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Query, Response
 
+from proper.data.values import MAX_ID_LENGTH
 from proper.errors import InputError, NoVersionError
 from proper.interactions.archive import write_archive
 from proper.interactions.deletion import TrainingError, remove
@@ -30,7 +31,7 @@ from proper.serving.schemas.resources import (
 )
 from proper.serving.tenancy import RawRoute, TenantLookup, tenant_lookup, user_in_path
 
-Tenant = Annotated[str | None, Query(max_length=512, description="Only the key's own tenant is allowed.")]
+Tenant = Annotated[str | None, Query(max_length=MAX_ID_LENGTH, description="Only the key's own tenant is allowed.")]
 User = Annotated[str, Depends(user_in_path)]
 DeletionId = Annotated[str, Path(max_length=64)]
 Deletion = DeleteReply | DeletionStatus
@@ -62,7 +63,7 @@ def _listing(router: APIRouter, lookup: TenantLookup, auth: Authenticator) -> No
     @router.get("")
     def listed(
         caller: AdminCaller,
-        after: Annotated[str | None, Query(max_length=512)] = None,
+        after: Annotated[str | None, Query(max_length=MAX_ID_LENGTH)] = None,
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
         tenant: Tenant = None,
     ) -> UserList:

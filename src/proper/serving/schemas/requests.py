@@ -23,6 +23,9 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from proper.data.values import MAX_ID_LENGTH
 
+MAX_PROMPTS = 64
+"""Most prompts of one request."""
+
 
 def not_a_boolean(value: Any) -> Any:
     """Refuse true and false for a number, as which pydantic would take them: 1 and 0."""
@@ -80,7 +83,7 @@ class ProperOptions(RequestSchema):
         task: name of the prompt's task in a run of several; the first one if absent.
     """
 
-    tenant: Annotated[str, Field(max_length=512)] | None = None
+    tenant: Annotated[str, Field(max_length=MAX_ID_LENGTH)] | None = None
     tier: Literal["users", "groups", "population"] | None = None
     gates: bool | None = None
     task: Annotated[str, Field(max_length=512)] | None = None
@@ -251,8 +254,8 @@ class CompletionRequest(Options):
     @field_validator("prompt")
     @classmethod
     def _not_too_many(cls, value: Any) -> Any:
-        if isinstance(value, list) and not isinstance(value[0], int) and len(value) > 64:
-            raise PydanticCustomError("prompt", "should be at most 64 prompts")
+        if isinstance(value, list) and not isinstance(value[0], int) and len(value) > MAX_PROMPTS:
+            raise PydanticCustomError("prompt", "should be at most {most} prompts", {"most": MAX_PROMPTS})
         return value
 
     @property

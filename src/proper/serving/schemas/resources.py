@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, StrictFloat, StrictInt
 
+from proper.data.values import MAX_ID_LENGTH
 from proper.serving.schemas.requests import Name, RequestSchema, not_a_boolean
 
 
@@ -66,7 +67,7 @@ class Enrolment(RequestSchema):
 
     user: Name
     interactions: InteractionList
-    tenant: Annotated[str, Field(max_length=512)] | None = None
+    tenant: Annotated[str, Field(max_length=MAX_ID_LENGTH)] | None = None
 
 
 class InteractionBatch(RequestSchema):
