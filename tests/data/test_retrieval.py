@@ -80,6 +80,28 @@ def test_the_best_item_stands_nearest(build, tmp_path: Path) -> None:
         assert len(last) == 3 and last[1].startswith("a zebra crossing 2") and last[2] == "the zebra 14"
 
 
+@pytest.mark.parametrize(
+    ("asked", "similar", "other"),
+    [
+        ("昨日は京都でラーメンを食べた", "京都のラーメンは安い", "会議は三時に始まる"),
+        ("今天北京下雨了", "北京的雨很大", "我喜欢足球比赛"),
+        ("मुझे चाय पसंद है", "चाय पीना पसंद है", "मौसम गरम हो गया"),
+        ("ฉันชอบแมวดำ", "แมวดำน่ารัก", "ประชุมบ่ายสาม"),
+    ],
+)
+def test_an_item_of_any_script_is_found_by_its_words(
+    build, tmp_path: Path, asked: str, similar: str, other: str
+) -> None:
+    rows = make_rows({"a": 15})
+    for at, row in enumerate(rows):
+        row["input"], row["output"] = f"{other} {at}", "x"
+    rows[2]["input"], rows[-1]["input"] = similar, asked
+    retrieve(build(rows), tmp_path / "rag.sqlite", 1, lambda prompt, target: len(prompt) + len(target), 200)
+    with Dataset.open(tmp_path / "rag.sqlite") as rag:
+        (last,) = (query.prompt for query in rag.queries() if query.prompt.strip().endswith(asked))
+        assert last.startswith(similar)
+
+
 def test_items_that_do_not_fit_are_cut_and_counted(dataset: Dataset, tmp_path: Path) -> None:
     retrieve(dataset, tmp_path / "rag.sqlite", 4, count, 9)
     with Dataset.open(tmp_path / "rag.sqlite") as rag:

@@ -10,16 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score import rouge_scorer, tokenize
 
+from proper.data.words import latin_words, search_words, word_starts, words
 from proper.evaluation.metrics import TaskInfo, score
-from proper.evaluation.rouge import official_words, rouge_1, rouge_l, words
+from proper.evaluation.rouge import rouge_1, rouge_l
 
 OWN, LAMP = TaskInfo("notes", "generation"), TaskInfo("lamp-4", "generation", official=True)
 ASCII = st.text(st.characters(max_codepoint=127), max_size=60) | st.text("ab c-'_1\n", max_size=60)
 
 
 @given(st.text(max_size=60) | ASCII)
-def test_official_words_are_those_of_the_library_in_any_text(text: str) -> None:
-    assert official_words(text) == tokenize.tokenize(text, None)
+def test_latin_words_are_those_of_the_library_in_any_text(text: str) -> None:
+    assert latin_words(text) == tokenize.tokenize(text, None)
 
 
 @given(ASCII, ASCII)
@@ -58,6 +59,33 @@ def test_words_of_every_script(text: str, wanted: str) -> None:
     assert words(text) == expected
     # Composed or decomposed is the same text.
     assert words(unicodedata.normalize("NFD", text)) == expected
+
+
+@given(st.text(max_size=60) | ASCII)
+def test_words_to_search_by_are_the_same_but_for_identifiers(text: str) -> None:
+    assert [part for word in search_words(text) for part in words(word.replace("_", " "))] == words(text)
+
+
+def test_an_identifier_is_one_word_to_search_by_beside_any_script() -> None:
+    assert search_words("Fix max_length") == ["fix", "max_length"]
+    assert search_words("Исправить max_length") == ["исправить", "max_length"]
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("don't stop, foo_bar", ["don't ", "stop, ", "foo_bar"]),
+        ("今天天气好。", ["今", "天", "天", "气", "好。"]),
+        ("用Python写 code", ["用Python", "写 ", "code"]),
+        ("मुझे हिन्दी पसंद", ["मुझे ", "हिन्दी ", "पसंद"]),
+        ("สวัสดี", ["ส", "วั", "ส", "ดี"]),
+        ("초과근무 승인", ["초과근무 ", "승인"]),
+        ("wow 🎉🎉", ["wow ", "🎉🎉"]),
+    ],
+)
+def test_where_words_start(text: str, wanted: list[str]) -> None:
+    starts = word_starts(text)
+    assert [text[one:other] for one, other in zip(starts, [*starts[1:], len(text)], strict=True)] == wanted
 
 
 @given(st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=30))

@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proper.data.values import label_key
+from proper.data.words import latin_words, words
 from proper.errors import DataError
 from proper.evaluation import style
-from proper.evaluation.rouge import official_words, rouge_1, rouge_l, words
+from proper.evaluation.rouge import rouge_1, rouge_l
 
 FloatArray = NDArray[np.float64]
 TaskKind = Literal["classification", "rating", "generation"]
@@ -192,7 +193,7 @@ def _errors(predictions: Sequence[Prediction], task: TaskInfo) -> FloatArray:
 
 def _rouge(measure: Callable[[Sequence[str], Sequence[str]], float]) -> Contributions:
     def contributions(predictions: Sequence[Prediction], task: TaskInfo) -> FloatArray:
-        split = official_words if task.official else words
+        split = latin_words if task.official else words
         # The whole gold counts: cutting it at ": ", as some evaluations do, truncates headlines.
         values = [measure(split(row.target), split(row.prediction)) for row in predictions]
         return np.asarray(values, dtype=np.float64)[:, None]

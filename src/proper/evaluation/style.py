@@ -16,6 +16,7 @@ from statistics import fmean
 from types import MappingProxyType
 
 from proper.data.dataset import Dataset
+from proper.data.words import word_starts
 
 _PREFIX = re.compile(r"([^\s:]{1,40}):(?=\s|$)")
 _MARKS = ".?!…。？！"
@@ -34,8 +35,8 @@ def case(text: str) -> str:
 
 
 def length(text: str) -> int:
-    """Return the number of words, separated by white space."""
-    return len(text.split())
+    """Return the number of words; in scripts without spaces, of letters."""
+    return len(word_starts(text))
 
 
 def punctuation(text: str) -> str:

@@ -22,6 +22,7 @@ from proper.data.conversations import split_turns
 from proper.data.dataset import Dataset
 from proper.data.histories import TextExample
 from proper.data.rows import parse_template
+from proper.data.words import word_starts
 from proper.evaluation.runner import MethodRun, prediction_of
 from proper.methods.spec import TrainedRun
 
@@ -45,7 +46,13 @@ def user_majority_same(trained: TrainedRun) -> MethodRun:
 def lead(trained: TrainedRun) -> MethodRun:
     """Answer every query with the first words of its input, as many as the median answer has."""
     words, text_of = median_words(trained.dataset), InputText(trained.config, trained.dataset)
-    return answer_alone(trained, lambda query: " ".join(text_of(query.prompt).split()[:words]))
+    return answer_alone(trained, lambda query: first_words(text_of(query.prompt), words))
+
+
+def first_words(text: str, count: int) -> str:
+    """Return the first words of a text, with one space where it has white space."""
+    starts = word_starts(text)
+    return " ".join((text[: starts[count]] if count < len(starts) else text).split())
 
 
 def usual(counts: Mapping[str, int], kind: str, labels: Sequence[str]) -> str:
@@ -64,7 +71,7 @@ def usual(counts: Mapping[str, int], kind: str, labels: Sequence[str]) -> str:
 
 def median_words(dataset: Dataset) -> int:
     """Return the median number of words of the answers in all histories, at least 1."""
-    lengths = Counter(len(target.split()) for target in _targets(dataset))
+    lengths = Counter(len(word_starts(target)) for target in _targets(dataset))
     seen, half = 0, sum(lengths.values()) / 2
     for length in sorted(lengths):
         seen += lengths[length]

@@ -8,7 +8,6 @@ comes in as a callable.
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -26,8 +25,7 @@ from proper.data.chat import readable
 from proper.data.dataset import Dataset
 from proper.data.derived.copies import Count, Rewritten, rewrite
 from proper.data.histories import TextExample
-
-_WORD = re.compile(r"\w+")
+from proper.data.words import search_words
 
 ProfileWriter = Callable[[Sequence[TextExample], str], str]
 """Function from earlier items (oldest first) and the kind of task to a text about the user."""
@@ -170,14 +168,15 @@ def template_profile(earlier: Sequence[TextExample], kind: str) -> str:
     answers = [_answer_words(item.target) for item in earlier]
     words = Counter(word for _, long in answers for word in long)
     length = fmean(count for count, _ in answers)
-    return f"Profile: about {length:.0f} words, often {', '.join(word for word, _ in words.most_common(8))}."
+    usual = ", ".join(word for word, _ in words.most_common(8))
+    return f"Profile: about {length:.0f} words" + (f", often {usual}." if usual else ".")
 
 
 # An answer is read again for every later item of its user; the cache holds the longest of histories.
 @lru_cache(maxsize=1 << 14)
 def _answer_words(answer: str) -> tuple[int, tuple[str, ...]]:
     """Return the number of words of an answer, and its different words of more than three letters, in order."""
-    words = _words(answer)
+    words = search_words(answer)
     return len(words), tuple(dict.fromkeys(word for word in words if len(word) > 3))
 
 
@@ -198,7 +197,7 @@ def _in_front(row: TextExample, chosen: Sequence[TextExample], count: Count, max
         kept = _newest_words(text, share / item.tokens)
         cut = cut or kept != text
         # A truncated item is useful only if it keeps more than its answer.
-        if len(_words(kept)) <= len(_words(item.target)):
+        if len(search_words(kept)) <= len(search_words(item.target)):
             break
         texts.append(kept)
         room -= min(item.tokens, share)
@@ -244,7 +243,7 @@ def _fit(text: str, row: TextExample, count: Count, max_length: int) -> tuple[st
 
 def _scorer(history: Sequence[TextExample]) -> Callable[[str], Floats]:
     """Return a function from a query text to the BM25 scores `(N,)` of a user's items."""
-    documents = [_words(f"{item.prompt} {item.target}") for item in history]
+    documents = [search_words(f"{item.prompt} {item.target}") for item in history]
     if not any(documents):
         return lambda _: np.zeros(len(history))
     index = bm25s.BM25()
@@ -252,14 +251,10 @@ def _scorer(history: Sequence[TextExample]) -> Callable[[str], Floats]:
     known = set(index.vocab_dict)
 
     def score(text: str) -> Floats:
-        words = [word for word in _words(text) if word in known]
+        words = [word for word in search_words(text) if word in known]
         return np.asarray(index.get_scores(words)) if words else np.zeros(len(history))
 
     return score
-
-
-def _words(text: str) -> list[str]:
-    return _WORD.findall(text.casefold())
 
 
 def _with_earlier(
