@@ -60,7 +60,8 @@ from proper.inference import load
 from proper.layers.bank import AdapterBank
 from proper.layers.batch_context import RowContext
 from proper.methods.per_user_lora import direct_model
-from proper.models.personal import ProperModel, answer_loss
+from proper.models.answer_loss import answer_loss
+from proper.models.personal import ProperModel
 from proper.training.users import train_together
 
 RESAMPLES = 2000

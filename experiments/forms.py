@@ -41,7 +41,7 @@ from proper.inference import load
 from proper.layers.bank import AdapterBank
 from proper.layers.batch_context import Mode, RowContext
 from proper.layers.layout import Layout
-from proper.models.personal import answer_loss
+from proper.models.answer_loss import answer_loss
 from proper.training.bases import random_bases, stacked_bases
 from proper.training.jobs import Job
 from proper.training.microbatching import row_losses

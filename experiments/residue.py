@@ -54,8 +54,9 @@ from proper.data.encoder import Encoder
 from proper.data.histories import TextExample
 from proper.files import write_json, write_text
 from proper.layers.batch_context import RowContext
+from proper.models.answer_loss import answer_loss
 from proper.models.checkpoints import load_tensors
-from proper.models.personal import ProperModel, answer_loss
+from proper.models.personal import ProperModel
 from proper.models.tokenizer import configured_encoder
 from proper.run_folder import RunFolder
 from proper.training.metrics_log import no_log

@@ -36,7 +36,8 @@ from proper.data.dataset import Dataset, prepare
 from proper.enrolment.history import Rows
 from proper.files import write_json
 from proper.layers.batch_context import RowContext
-from proper.models.personal import ProperModel, answer_loss
+from proper.models.answer_loss import answer_loss
+from proper.models.personal import ProperModel
 from proper.models.tokenizer import configured_encoder
 from proper.training.checkpoint import seed_of
 from proper.training.groups import first_embeddings, train_groups

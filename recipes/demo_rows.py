@@ -15,7 +15,7 @@ from torch import Tensor
 from proper.data.batching import IGNORED, Batch, collate
 from proper.data.demo import DemoSettings, demo_config, write_demo
 from proper.data.encoder import EncodedExample, Encoder
-from proper.models.personal import answer_loss
+from proper.models.answer_loss import answer_loss
 
 Rows = dict[str, list[EncodedExample]]
 """Each user's interactions in tokens, oldest first."""

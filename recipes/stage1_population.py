@@ -25,7 +25,7 @@ from torch import Tensor
 from proper.data.batching import Batch, collate
 from proper.data.encoder import Encoder
 from proper.models import load_backbone
-from proper.models.personal import answer_logits, answer_loss
+from proper.models.answer_loss import answer_logits, answer_loss
 from proper.models.targets import find_targets
 
 OUT = Path("runs/recipes")

@@ -33,9 +33,9 @@ from proper.layers.layout import Layout
 from proper.layers.personalized_linear import AdaptedLinear
 from proper.layers.routers import UserAwareRouter
 from proper.models import load_backbone
+from proper.models.answer_loss import answer_logits, answer_loss
 from proper.models.checkpoints import load_tensors, save_tensors
 from proper.models.peft_merge import apply_population
-from proper.models.personal import answer_logits, answer_loss
 from proper.models.targets import find_targets
 from proper.training.optim import RowAdamW, clip_rows
 

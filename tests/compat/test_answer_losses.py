@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from proper.data.batching import Batch
+from proper.models.answer_loss import answer_logits, answer_loss, answer_losses
 from proper.models.backbone import Backbone
-from proper.models.personal import answer_logits, answer_loss, answer_losses
 
 
 def test_losses_of_answer_tokens_only(backbone: Backbone, batch: Batch) -> None:

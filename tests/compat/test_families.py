@@ -24,8 +24,10 @@ from proper.inference.sampling import Sampling
 from proper.inference.score import score_labels
 from proper.layers.batch_context import RowContext
 from proper.layers.personalized_linear import AdaptedLinear
+from proper.models.answer_loss import answer_loss
 from proper.models.backbone import Backbone, load_backbone
-from proper.models.personal import ProperModel, answer_loss, gradient_checkpointing
+from proper.models.gradient_checkpointing import gradient_checkpointing
+from proper.models.personal import ProperModel
 from proper.models.targets import decoder_layers, expert_targets, find_targets, linear_shape
 from tests import decoding
 

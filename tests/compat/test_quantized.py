@@ -16,9 +16,9 @@ import proper
 from proper.data.batching import Batch
 from proper.errors import InputError
 from proper.export.run_export import export_backbone, export_user
+from proper.models.answer_loss import answer_loss
 from proper.models.backbone import Backbone, digest, load_backbone
 from proper.models.peft_merge import apply_population
-from proper.models.personal import answer_loss
 from proper.models.targets import find_targets
 
 torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")

@@ -24,10 +24,11 @@ from proper.inference.score import score
 from proper.methods.poly import PolyStage, load_poly
 from proper.methods.poly_layers import add_poly
 from proper.methods.spec import TrainedRun
+from proper.models.answer_loss import answer_loss
 from proper.models.backbone import Backbone, load_backbone
 from proper.models.checkpoints import load_tensors, save_tensors
 from proper.models.peft_merge import apply_population
-from proper.models.personal import ProperModel, answer_loss
+from proper.models.personal import ProperModel
 from tests.methods.conftest import steps_of
 
 

@@ -22,9 +22,11 @@ from proper.data.batching import collate
 from proper.data.encoder import EncodedExample
 from proper.layers.bank import AdapterBank
 from proper.layers.batch_context import RowContext
+from proper.models.answer_loss import answer_loss
 from proper.models.backbone import Backbone, digest, load_tokenizer
+from proper.models.gradient_checkpointing import gradient_checkpointing
 from proper.models.lower_layers import HiddenStates
-from proper.models.personal import ProperModel, answer_loss, gradient_checkpointing
+from proper.models.personal import ProperModel
 from tests.models.conftest import randomize
 
 CLOSE = {"rtol": 0, "atol": 1e-4}

@@ -14,32 +14,11 @@ from proper.data.batching import collate
 from proper.data.encoder import EncodedExample
 from proper.layers.bank import AdapterBank
 from proper.layers.batch_context import RowContext
-from proper.layers.routing_losses import constraint_loss
 from proper.models.backbone import Backbone
-from proper.models.personal import ProperModel, answer_logits, answer_loss, gradient_checkpointing
+from proper.models.personal import ProperModel
+from tests.models.mixed_rows import SLOTS, mixed, rows_of
 
 Build = Callable[..., ProperModel]
-
-LENGTHS = ((9, 3), (4, 1), (17, 5), (6, 2), (12, 4))
-"""Prompt and answer lengths of the rows of a batch."""
-SLOTS = (0, 2, -1, 1, 0)
-
-
-def rows_of(lengths: Sequence[tuple[int, int]] = LENGTHS) -> list[EncodedExample]:
-    generator = torch.Generator().manual_seed(7)
-    made = []
-    for at, (prompt, answer) in enumerate(lengths):
-        ids = torch.randint(3, 8000, (prompt + answer,), generator=generator)
-        made.append(EncodedExample(f"user {at}", tuple(ids.tolist()), prompt))
-    return made
-
-
-def embeddings(model: ProperModel, rows: int = len(LENGTHS)) -> Tensor:
-    return torch.randn(rows, model.embedding_size, generator=torch.Generator().manual_seed(3))
-
-
-def mixed(model: ProperModel, mode: str = "users") -> RowContext:
-    return RowContext(mode, embedding=embeddings(model), slots=torch.tensor(SLOTS))  # type: ignore[arg-type]
 
 
 def pick(rows: RowContext, index: list[int]) -> RowContext:
@@ -93,40 +72,6 @@ def test_logits_do_not_depend_on_the_padding_side(personal: Build, mode: str) ->
         assert float((left[at] - expected).abs().max()) < 1e-4
 
 
-def test_only_the_answers_logits_are_computed(personal: Build) -> None:
-    model = personal()
-    batch, rows = collate(rows_of(), pad=0), mixed(model)
-    with torch.no_grad(), model.routing.use(rows):
-        some = answer_logits(model.backbone.model, batch)
-        every = model.backbone.model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids
-        ).logits
-    assert some.shape == (5, 5, 8192)
-    assert float((some - every[:, -6:-1]).abs().max()) < 1e-5
-
-
-def test_answer_loss_is_the_sum_over_answer_tokens() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(3, 4, 11, generator=generator)
-    labels = torch.tensor([[-100, 3, 5, 1], [0, 0, 10, 2], [-100, -100, -100, 7]])
-    expected = []
-    for row in range(3):
-        loss = 0.0
-        for t in range(4):
-            if labels[row, t] >= 0:
-                powers = logits[row, t].double().exp()
-                loss -= float((powers[labels[row, t]] / powers.sum()).log())
-        expected.append(loss)
-
-    total, tokens = answer_loss(logits, labels)
-
-    assert total.tolist() == pytest.approx(expected, rel=1e-5)
-    assert tokens.tolist() == [3, 4, 1]
-    low, _ = answer_loss(logits.bfloat16(), labels)
-    assert low.dtype == torch.float32
-    assert torch.equal(low, answer_loss(logits.bfloat16().float(), labels)[0]), "the softmax is fp32"
-
-
 def test_fresh_layers_leave_every_stage_at_the_one_before_it_to_the_bit(backbone: Callable[..., Backbone]) -> None:
     model, users = ProperModel(backbone()), UsersConfig()
     encoded = rows_of()
@@ -159,78 +104,6 @@ def test_switched_off_layers_are_the_backbone_to_the_bit(personal: Build, backbo
         answers(plain, rows_of(), RowContext()), answers(model, rows_of(), RowContext()), strict=True
     ):
         assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("kind", ["none", "users"])
-def test_gradient_checkpointing_changes_no_gradient(personal: Build, dropout: float, kind: str) -> None:
-    def gradients(on: bool) -> dict[str, Tensor]:
-        model = personal(dropout=dropout)
-        parameters = model.group_parameters()
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
-        model.train(True)
-        torch.manual_seed(4)
-        batch, own = collate(rows_of(), pad=0), embeddings(model).requires_grad_()
-        users = torch.tensor([0, 1, 2, 1, 0])
-        training = {name for name, module in model.backbone.model.named_modules() if module.training}
-        with gradient_checkpointing(model.backbone.model, on):
-            logits = model.answer_logits(
-                batch, RowContext("groups", embedding=own, users=users, mask=batch.attention_mask.bool())
-            )
-            loss = answer_loss(logits, batch.labels)[0].sum()
-            if kind == "users":
-                loss = loss + 10 * constraint_loss("users", model.routing.stacked())
-            loss.backward()
-        assert training == {name for name, module in model.backbone.model.named_modules() if module.training}
-        found = {name: p.grad for name, p in parameters.items()} | {"embeddings": own.grad}
-        assert all(gradient is not None for gradient in found.values())
-        return {name: gradient for name, gradient in found.items() if gradient is not None}
-
-    kept, again = gradients(on=False), gradients(on=True)
-    for name, gradient in kept.items():
-        assert torch.allclose(again[name], gradient, rtol=1e-5, atol=1e-7), name
-    assert kept["embeddings"].abs().max() > 0
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_answer_losses_are_those_of_the_logits(personal: Build, dtype: torch.dtype) -> None:
-    """The head runs on the tokens that count; other conversations' turns in between do not."""
-    model = personal(dtype)
-    encoded = [replace(row, between=(row.start + 1,)) if at == 2 else row for at, row in enumerate(rows_of())]
-    batch, seen = collate(encoded, pad=0), []
-    head = model.backbone.model.get_output_embeddings()
-    head.register_forward_hook(lambda _, __, output: seen.append(tuple(output.shape[:2])))
-    parameters = model.group_parameters()
-
-    def gradients(losses: Tensor) -> list[Tensor]:
-        for parameter in parameters.values():
-            parameter.requires_grad_().grad = None
-        losses.sum().backward()  # type: ignore[no-untyped-call]
-        return [p.grad for p in parameters.values() if p.grad is not None]
-
-    losses, counts = model.answer_losses(batch, mixed(model))
-    assert losses.dtype == torch.float32 and counts.tolist() == [3, 1, 4, 2, 4]
-    found = gradients(losses)
-    expected, numbers = answer_loss(model.answer_logits(batch, mixed(model)), batch.labels)
-    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
-    torch.testing.assert_close(losses, expected, **close)
-    for one, other in zip(found, gradients(expected), strict=True):
-        torch.testing.assert_close(one, other, **close)
-    assert torch.equal(counts, numbers) and seen == [(1, 14), (5, 5)]
-    weights = [1.0, 0.5, 2.0, 0.25, 1.0]
-    weighed = [replace(row, weight=weight) for row, weight in zip(encoded, weights, strict=True)]
-    again, same = model.answer_losses(collate(weighed, pad=0), mixed(model))
-    torch.testing.assert_close(again, losses * torch.tensor(weights))
-    assert torch.equal(same, counts)
-
-
-def test_gradient_checkpointing_leaves_nothing_behind(personal: Build) -> None:
-    model = personal()
-    with gradient_checkpointing(model.backbone.model, True):
-        pass
-    logits = model.answer_logits(collate(rows_of(), pad=0), RowContext())
-    assert not logits.requires_grad
 
 
 def test_experts_follow_from_their_seed_and_nothing_else(backbone: Callable[..., Backbone]) -> None:

@@ -20,8 +20,8 @@ from proper.data.batching import Batch, collate
 from proper.data.dataset import Dataset
 from proper.data.encoder import Encoder
 from proper.data.histories import TextExample
+from proper.models.answer_loss import answer_logits, answer_loss
 from proper.models.backbone import Backbone
-from proper.models.personal import answer_logits, answer_loss
 from proper.training.early_stopping import MAX_ROWS, MEASUREMENTS, MIN_ROWS, EarlyStopping, hold_out
 from proper.training.population import train_population
 from proper.training.trainer import TrainingPlan

@@ -16,7 +16,8 @@ from proper.data.batching import collate
 from proper.data.dataset import Dataset
 from proper.data.encoder import EncodedExample
 from proper.layers.batch_context import RowContext
-from proper.models.personal import ProperModel, answer_loss
+from proper.models.answer_loss import answer_loss
+from proper.models.personal import ProperModel
 from proper.training.groups import GroupsStage, train_groups
 from proper.training.trainer import TrainingPlan
 

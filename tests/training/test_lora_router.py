@@ -15,7 +15,8 @@ from proper.config import UsersConfig
 from proper.data.batching import collate
 from proper.errors import NonFiniteLossError
 from proper.layers.batch_context import RowContext
-from proper.models.personal import ProperModel, answer_loss
+from proper.models.answer_loss import answer_loss
+from proper.models.personal import ProperModel
 from proper.training import lora_router as router_module
 from proper.training.checkpoint import Checkpoint
 from proper.training.jobs import Job

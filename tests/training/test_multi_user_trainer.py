@@ -20,8 +20,9 @@ from proper.data.batching import collate
 from proper.data.encoder import EncodedExample
 from proper.layers.batch_context import Mode
 from proper.layers.layout import Layout
+from proper.models.answer_loss import answer_logits, answer_loss
 from proper.models.backbone import Backbone
-from proper.models.personal import ProperModel, answer_logits, answer_loss
+from proper.models.personal import ProperModel
 from proper.training import microbatching as micro_module
 from proper.training.checkpoint import Checkpoint
 from proper.training.jobs import FitProgress, FitResult, Job

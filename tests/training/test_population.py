@@ -16,9 +16,9 @@ from proper.data.batching import Batch, collate
 from proper.data.dataset import Dataset
 from proper.data.encoder import Encoder
 from proper.layers.dropout import Dropout
+from proper.models.answer_loss import answer_logits
 from proper.models.backbone import Backbone
 from proper.models.peft_merge import apply_population
-from proper.models.personal import answer_logits
 from proper.training.population import train_population, wrap
 from proper.training.trainer import TrainingPlan
 

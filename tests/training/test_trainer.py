@@ -20,7 +20,8 @@ from proper.config import GroupsConfig
 from proper.data.dataset import Dataset, Sample
 from proper.data.encoder import EncodedExample
 from proper.errors import NonFiniteLossError
-from proper.models.personal import ProperModel, gradient_checkpointing
+from proper.models.gradient_checkpointing import gradient_checkpointing
+from proper.models.personal import ProperModel
 from proper.training import groups
 from proper.training.groups import train_groups
 from proper.training.optim import rate_factor

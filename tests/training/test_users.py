@@ -22,8 +22,9 @@ from proper.data.encoder import Encoder
 from proper.files import read_json
 from proper.layers.bank import AdapterBank
 from proper.layers.batch_context import Mode, RowContext
+from proper.models.answer_loss import answer_loss
 from proper.models.checkpoints import load_tensors
-from proper.models.personal import ProperModel, answer_loss
+from proper.models.personal import ProperModel
 from proper.training import users as users_module
 from proper.training.checkpoint import Checkpoint
 from proper.training.jobs import PARTS, FitResult, Job, full_passes, held_out_items, passes_of

@@ -31,8 +31,9 @@ from proper.config import GroupsConfig
 from proper.data.batching import Batch, collate
 from proper.data.encoder import Encoder
 from proper.layers.experts import Experts, tokens_last
+from proper.models.answer_loss import answer_losses
 from proper.models.backbone import pick_device
-from proper.models.personal import ProperModel, answer_losses
+from proper.models.personal import ProperModel
 from proper.training.groups import GroupsStage
 
 logger = logging.getLogger(__name__)

@@ -99,7 +99,7 @@ def prefill(
     width = ids.shape[1] if prefixes is None else columns_left(prompts, prefixes)
     sizes = [len(prompt) for prompt in prompts]
     filled = DynamicCache() if prefixes is None else _filled(prefixes, sizes, width)
-    # As an index, not a number: see `models.personal.answer_logits`.
+    # As an index, not a number: see `models.answer_loss.answer_logits`.
     last = torch.tensor([width - 1], device=model.device)
     with model.routing.use(rows):
         logits: Tensor = model.backbone.model(

@@ -26,8 +26,9 @@ from proper.methods.poly_layers import Poly, add_poly
 from proper.methods.spec import TrainedRun, TrainingWork
 from proper.models.backbone import configured_backbone
 from proper.models.checkpoints import fill, load_tensors, save_tensors, tensor_of
+from proper.models.gradient_checkpointing import gradient_checkpointing
 from proper.models.peft_merge import apply_population
-from proper.models.personal import ProperModel, gradient_checkpointing
+from proper.models.personal import ProperModel
 from proper.run_folder import RunFolder, Stage, Tier
 from proper.training.checkpoint import seed_of
 from proper.training.optim import RowAdamW

@@ -1,7 +1,6 @@
 """`ProperModel`: a backbone with LoRA experts, routers, a bank of user adapters and the LoRA-aware router.
 
-Everything that is specific to the rows of a batch goes through `ProperModel.routing`. Also: answer logits, answer loss
-and gradient checkpointing.
+Everything that is specific to the rows of a batch goes through `ProperModel.routing`.
 """
 
 from __future__ import annotations
@@ -13,17 +12,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from proper.config import GroupsConfig, UsersConfig
-from proper.data.batching import IGNORED, Batch
+from proper.data.batching import Batch
 from proper.layers.bank import AdapterBank
 from proper.layers.batch_context import BatchContext, RowContext
 from proper.layers.experts import Experts
 from proper.layers.layout import Bases, Layout
 from proper.layers.personalized_linear import AdaptedLinear
-from proper.layers.routers import LoraAwareRouter, UserAwareRouter, at_least_fp32
+from proper.layers.routers import LoraAwareRouter, UserAwareRouter
+from proper.models.answer_loss import answer_logits, answer_losses
 from proper.models.backbone import Backbone
 from proper.models.label_choice import choice_losses
 from proper.models.lower_layers import HiddenStates, LowerLayers
@@ -241,84 +241,3 @@ class ProperModel:
         parent, _, leaf = name.rpartition(".")
         setattr(self.backbone.model.get_submodule(parent), leaf, layer)
         self.layers[name] = layer
-
-
-def answer_logits(model: nn.Module, batch: Batch) -> Float[Tensor, "B A V"]:
-    """Return the logits that predict the last A tokens of each row; no others are computed."""
-    length, answer = batch.input_ids.shape[1], batch.labels.shape[1]
-    # As indices, not as a number: with a number the LM head gets a strided view, which torch multiplies row by row with
-    # copies of the whole head.
-    wanted = torch.arange(length - answer - 1, length - 1, device=batch.input_ids.device)
-    logits: Tensor = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        logits_to_keep=wanted,
-        use_cache=False,
-    ).logits
-    return logits
-
-
-def answer_loss(
-    logits: Float[Tensor, "B A V"], labels: Int[Tensor, "B A"]
-) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
-    """Return each row's summed answer loss in nats (fp32) and its number of answer tokens."""
-    losses = nn.functional.cross_entropy(
-        at_least_fp32(logits).flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
-    ).view(labels.shape)
-    return losses.sum(1), (labels != IGNORED).sum(1).to(losses.dtype)
-
-
-def answer_losses(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
-    """Return each row's summed answer loss in nats (fp32), times its weight, and its number of answer tokens.
-
-    The LM head and the log-softmax see only tokens that the loss counts, not a rectangle as wide as the longest answer.
-    """
-    wanted = batch.labels != IGNORED
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    packed: list[bool] = []
-
-    def pack(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if inputs[0].shape[:2] != wanted.shape:
-            return None
-        packed.append(True)
-        return (inputs[0][wanted].unsqueeze(0), *inputs[1:])
-
-    with head.register_forward_pre_hook(pack) if isinstance(head, nn.Module) else nullcontext():
-        logits = answer_logits(model, batch)
-    if not packed:
-        sums, counts = answer_loss(logits, batch.labels)
-        return batch.weighed(sums), counts
-    losses = nn.functional.cross_entropy(at_least_fp32(logits[0]), batch.labels[wanted], reduction="none")
-    # The tokens are in the rows' order, so a row's loss is the sum of a stretch: the same on every device and run.
-    sums = torch.stack([stretch.sum() for stretch in losses.split(wanted.sum(1).tolist())])  # type: ignore[no-untyped-call]
-    return batch.weighed(sums), wanted.sum(1).to(losses.dtype)
-
-
-@contextmanager
-def gradient_checkpointing(model: nn.Module, on: bool) -> Iterator[None]:
-    """Enable gradient checkpointing inside the block: activations are recomputed in the backward pass."""
-    if not on:
-        yield
-        return
-    training = {name for name, module in model.named_modules() if module.training}
-    routing = next((module.routing for module in model.modules() if isinstance(module, AdaptedLinear)), BatchContext())
-    # transformers is renaming these two methods.
-    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False, "context_fn": routing.contexts})
-    # transformers checkpoints only modules in training mode, where OPT's would also apply dropout: rates are set to 0.
-    layers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
-    rates = [(m, key, p) for m in layers for key, p in vars(m).items() if "drop" in key and isinstance(p, float)]
-    for module in layers:
-        module.training = True
-    for module, key, _ in rates:
-        setattr(module, key, 0.0)
-    try:
-        yield
-    finally:
-        getattr(model, f"{kind}_checkpointing_disable")()
-        model.disable_input_require_grads()  # type: ignore[operator]
-        for name, module in model.named_modules():
-            module.training = name in training
-        for module, key, rate in rates:
-            setattr(module, key, rate)

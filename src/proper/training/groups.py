@@ -22,7 +22,8 @@ from proper.config import GroupsConfig
 from proper.data.batching import Batch, number_users
 from proper.layers.batch_context import RowContext
 from proper.layers.routing_losses import constraint_loss
-from proper.models.personal import ProperModel, gradient_checkpointing
+from proper.models.gradient_checkpointing import gradient_checkpointing
+from proper.models.personal import ProperModel
 from proper.training.checkpoint import seed_of
 from proper.training.optim import RowAdamW
 from proper.training.privacy import train_privately

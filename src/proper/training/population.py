@@ -24,9 +24,10 @@ from proper.data.batching import Batch
 from proper.data.histories import TextExample
 from proper.errors import ProperError
 from proper.layers.dropout import Dropout
+from proper.models.answer_loss import answer_losses
 from proper.models.backbone import Backbone
+from proper.models.gradient_checkpointing import gradient_checkpointing
 from proper.models.peft_merge import absorb, modules_as_named
-from proper.models.personal import answer_losses, gradient_checkpointing
 from proper.models.targets import find_targets
 from proper.training.checkpoint import seed_of
 from proper.training.early_stopping import EarlyStopping

@@ -25,10 +25,12 @@ from proper.files import read_json, write_json
 from proper.inference.forward import decode, prefill
 from proper.inference.kv_cache import RowCache
 from proper.layers.batch_context import RowContext
+from proper.models.answer_loss import answer_logits
 from proper.models.backbone import EMBEDDED, Backbone
 from proper.models.checkpoints import load_tensors, save_tensors
+from proper.models.gradient_checkpointing import gradient_checkpointing
 from proper.models.peft_merge import load_lora
-from proper.models.personal import ProperModel, answer_logits, gradient_checkpointing
+from proper.models.personal import ProperModel
 from proper.models.targets import expert_targets, find_targets, user_targets
 from proper.run_folder import RunFolder
 from proper.training.bases import random_bases
