@@ -14,16 +14,15 @@ from proper.config.schema import (
 from proper.config.section import Section
 from proper.config.stages import (
     ConstraintConfig,
-    DriftConfig,
     GroupsConfig,
     LastLayers,
     OptimizerConfig,
     PopulationConfig,
     TargetModules,
     TiersConfig,
-    UpdateConfig,
     UsersConfig,
 )
+from proper.config.updates import DriftConfig, UpdateConfig
 
 __all__ = [
     "ComputeConfig",

@@ -7,8 +7,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field, field_validator, model_validator
 
 from proper.config.lamp_tasks import GIVEN_FORMATS, LampName, Layout, lamp_name
-from proper.config.section import Section
-from proper.config.stages import Count, Positive
+from proper.config.section import Count, Positive, Section
 
 
 class DataConfig(Section):

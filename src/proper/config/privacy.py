@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from proper.config.section import Section
-from proper.config.stages import Count, Positive
+from proper.config.section import Count, Positive, Section
 
 
 class PrivacyConfig(Section):

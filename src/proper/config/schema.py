@@ -14,8 +14,8 @@ from pydantic import Field, field_validator, model_validator
 
 from proper.config.data import DataConfig, TaskConfig, TaskSpec
 from proper.config.privacy import PrivacyConfig, private_defaults
-from proper.config.section import Section
-from proper.config.stages import Count, GroupsConfig, PopulationConfig, Positive, UsersConfig
+from proper.config.section import Count, Positive, Section
+from proper.config.stages import GroupsConfig, PopulationConfig, UsersConfig
 from proper.errors import ConfigError
 from proper.run_folder import Stage
 
