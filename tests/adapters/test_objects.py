@@ -58,11 +58,14 @@ def test_a_large_object_goes_in_parts_and_refuses_a_second_writer(
 
 
 class Broken:
-    """A TCP proxy to an S3 server: of each pair of connections it cuts the first, after a request's answer arrived."""
+    """A TCP proxy to an S3 server: of each pair of connections it cuts the first, after a request's answer arrived.
 
-    def __init__(self, url: str) -> None:
+    With `deaf`, it cuts none, but the server does not see conditions of puts.
+    """
+
+    def __init__(self, url: str, deaf: bool = False) -> None:
         host, port = url.rpartition("/")[2].split(":")
-        self.target, self.cut = (host, int(port)), 0
+        self.target, self.cut, self.deaf = (host, int(port)), 0, deaf
         self.socket = socket.create_server(("127.0.0.1", 0))
         threading.Thread(target=self._serve, daemon=True).start()
 
@@ -76,7 +79,7 @@ class Broken:
                 client, _ = self.socket.accept()
             except OSError:
                 return
-            threading.Thread(target=self._relay, args=(client, number % 2 == 0), daemon=True).start()
+            threading.Thread(target=self._relay, args=(client, number % 2 == 0 and not self.deaf), daemon=True).start()
 
     def _relay(self, client: socket.socket, cuts: bool) -> None:
         with client, socket.create_connection(self.target) as server:
@@ -88,6 +91,8 @@ class Broken:
                         return
                     if not data:
                         return
+                    if self.deaf:
+                        data = data.replace(b"If-None-Match: *\r\n", b"")
                     (server if source is client else client).sendall(data)
 
 
@@ -297,6 +302,20 @@ def test_a_run_keeps_its_setting_and_its_prefix(run: tuple[Path, str], tmp_path:
         store.put([UserRecord("u0", "users", torch.ones(1), adapter(0))])
     with pytest.raises(InputError, match="this run keeps its adapters in .*blobs"):
         record(tmp_path / "third", f"s3://{bucket}/third")
+
+
+def test_a_server_that_does_not_know_conditions_is_refused_and_nothing_is_overwritten(
+    run: tuple[Path, str], tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, bucket = run
+    before = s3.contents(bucket)
+    deaf = Broken(s3.environment["AWS_ENDPOINT_URL"], deaf=True)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", deaf.url)
+    for prefix, why in (("people", "holds the adapters of another run"), ("new", "in spite of If-None-Match")):
+        with pytest.raises(BucketError, match=why):
+            record(tmp_path / "second", f"s3://{bucket}/{prefix}")
+    deaf.socket.close()
+    assert s3.contents(bucket) == before and not (tmp_path / "second").exists()
 
 
 def test_stores_of_nested_runs_have_prefixes_of_their_own(run: tuple[Path, str], s3: S3Server, adapter: Draw) -> None:

@@ -280,7 +280,9 @@ def test_who_the_user_is(server: Running, named: dict[str, Any], user: str | Non
 
 
 def events(server: Running, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
-    lines = sent(server, path, {**body, "stream": True}).text.split("\n\n")
+    reply = sent(server, path, {**body, "stream": True})
+    assert reply.headers["X-Accel-Buffering"] == "no", "nginx would send the whole stream at its end"
+    lines = reply.text.split("\n\n")
     assert lines[-2:] == ["data: [DONE]", ""]
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
 

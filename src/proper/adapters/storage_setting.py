@@ -67,8 +67,16 @@ class BucketSetting:
 
 @lru_cache(maxsize=64)
 def _claim(name: str, prefix: str, run: str) -> None:
-    bucket = Bucket(name, prefix)
-    if not bucket.put_new(_OWNER, run.encode()) and bucket.get(_OWNER) != run.encode():
+    bucket, owner = Bucket(name, prefix), run.encode()
+    found = bucket.get(_OWNER)
+    if found is None and bucket.put_new(_OWNER, owner):
+        if bucket.put_new(_OWNER, owner):
+            bucket.remove(_OWNER)
+            raise BucketError(
+                f"{bucket.url}: the server overwrites an object in spite of If-None-Match: *; two writers would lose "
+                "adapters there"
+            )
+    elif (bucket.get(_OWNER) if found is None else found) != owner:
         raise BucketError(f"{bucket.url}: holds the adapters of another run; choose another prefix")
 
 

@@ -151,7 +151,9 @@ class EventStream(StreamingResponse):
     """
 
     def __init__(self, lines: AsyncGenerator[str, None], stack: ExitStack, stalled: float) -> None:
-        super().__init__(lines, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        # nginx holds a reply back until its buffers are full, unless this header says otherwise.
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(lines, media_type="text/event-stream", headers=headers)
         self._lines, self._stack, self._stalled = lines, stack, stalled
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
