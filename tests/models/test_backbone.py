@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from proper.errors import ConfigError
 from proper.models.backbone import (
@@ -78,3 +81,20 @@ def test_dtypes_and_devices() -> None:
     assert pick_device("cpu") == torch.device("cpu")
     with pytest.raises(ConfigError, match=r"compute\.device: 'abacus' is not available"):
         pick_device("abacus")
+
+
+def test_a_mistral_tokenizer_with_the_wrong_pattern_is_corrected(tmp_path: Path) -> None:
+    """Tokenizers of Mistral's large vocabulary were published with a pattern that does not split words at capitals."""
+    names = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "eB", "eBa", "eBay", "Ba", "Bay"]
+    names += [f"<{at}>" for at in range(100_001 - len(names))]
+    merges = [("e", "B"), ("eB", "a"), ("eBa", "y"), ("B", "a"), ("Ba", "y")]
+    made = Tokenizer(models.BPE({name: at for at, name in enumerate(names)}, merges))
+    wrong = pre_tokenizers.Split(Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|\s+"), "isolated")
+    bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.pre_tokenizer = pre_tokenizers.Sequence([wrong, bytes_of])
+    PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>").save_pretrained(tmp_path)
+    shape = {"model_type": "mistral", "transformers_version": "4.50.0"}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    assert load_tokenizer(str(tmp_path)).tokenize("eBay") == ["e", "Bay"]
+    (tmp_path / "config.json").write_text(json.dumps({**shape, "model_type": "llama"}))
+    assert load_tokenizer(str(tmp_path)).tokenize("eBay") == ["eBay"]

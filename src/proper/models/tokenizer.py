@@ -62,8 +62,13 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     Raises:
         ConfigError: the backbone has no tokenizer.
     """
+    location, options = backbone_location(name), {"trust_remote_code": trust_remote_code}
     try:
-        return AutoTokenizer.from_pretrained(backbone_location(name), trust_remote_code=trust_remote_code)
+        found = AutoTokenizer.from_pretrained(location, **options)
+        # transformers corrects the pattern of Mistral's tokenizers only on request; otherwise it marks them and warns.
+        if getattr(getattr(found, "backend_tokenizer", None), "fix_mistral_regex", None) is False:
+            found = AutoTokenizer.from_pretrained(location, fix_mistral_regex=True, **options)
+        return found
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"backbone: {what(name)} has no tokenizer: {reason(error)}") from error
 
