@@ -219,9 +219,9 @@ class Bucket:
 
     def _again(self, read: Callable[[], T]) -> T:
         """Call `read`, which boto3 does not repeat if the connection breaks while the body is read."""
-        from botocore.exceptions import HTTPClientError
-
         with self._errors():
+            from botocore.exceptions import HTTPClientError
+
             for _ in range(_ATTEMPTS - 1):
                 with suppress(HTTPClientError):
                     return read()
