@@ -102,6 +102,17 @@ def test_an_item_of_any_script_is_found_by_its_words(
         assert last.startswith(similar)
 
 
+def test_an_item_without_spaces_is_cut_at_a_letter(build, tmp_path: Path) -> None:
+    rows = make_rows({"a": 15})
+    for at, row in enumerate(rows):
+        row["input"], row["output"] = f"{at:02}京都のラーメンは安くてとても美味しいので毎週食べに行く", "食"
+    rows[-1]["input"] = "京都のラーメン"
+    retrieve(build(rows), tmp_path / "rag.sqlite", 1, lambda prompt, target: len(prompt) + len(target), 24)
+    with Dataset.open(tmp_path / "rag.sqlite") as rag:
+        (last,) = (query.prompt for query in rag.queries() if query.prompt.endswith("\n京都のラーメン"))
+    assert len(last) == 23 and last.startswith("味しいので毎週食べに行く 食")
+
+
 def test_items_that_do_not_fit_are_cut_and_counted(dataset: Dataset, tmp_path: Path) -> None:
     retrieve(dataset, tmp_path / "rag.sqlite", 4, count, 9)
     with Dataset.open(tmp_path / "rag.sqlite") as rag:

@@ -41,12 +41,13 @@ def word_starts(text: str) -> list[int]:
     """Return where each word of a text starts, punctuation included: behind spaces, or at letters without spaces."""
     starts = []
     for found in _UNBROKEN.finditer(text):
-        letters = [at for at in range(*found.span()) if _is_spaceless(text[at])]
+        letters = [at for at in range(*found.span()) if is_spaceless(text[at])]
         starts += [found.start(), *letters[1:]]
     return starts
 
 
-def _is_spaceless(letter: str) -> bool:
+def is_spaceless(letter: str) -> bool:
+    """Return whether a character is a letter of a script without spaces between words."""
     return not letter.isascii() and letter.isalpha() and _kind(letter) == "alone"
 
 

@@ -45,6 +45,8 @@ _NOT_IN_BUCKET = (
     "copies of the bucket elsewhere, such as replicas and backups of the provider",
     "caches in copies of the run folder on other machines: a server there wipes its own within a minute, and "
     "'proper users check' at once",
+    "unfinished uploads, if the server lists them only for an object's whole name, as MinIO does; it removes them "
+    "itself, after a day by default",
 )
 
 

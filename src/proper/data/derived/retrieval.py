@@ -25,7 +25,7 @@ from proper.data.chat import readable
 from proper.data.dataset import Dataset
 from proper.data.derived.copies import Count, Rewritten, rewrite
 from proper.data.histories import TextExample
-from proper.data.words import search_words
+from proper.data.words import is_spaceless, search_words
 
 ProfileWriter = Callable[[Sequence[TextExample], str], str]
 """Function from earlier items (oldest first) and the kind of task to a text about the user."""
@@ -213,7 +213,7 @@ def _fitted(
         tokens = count(prompt, row.target)
         if tokens <= max_length:
             return Rewritten(row.id, prompt, tokens, tuple(ids[: len(texts)]), cut)
-        cut, size = True, len(texts[-1].split(" "))
+        cut, size = True, len(_cuts(texts[-1]))
         kept = _newest_words(texts[-1], 1 - max(1 / size, (tokens - max_length) / tokens))
         texts[-1:] = [kept] if kept else []
     return Rewritten(row.id, row.prompt, row.tokens, (), cut)
@@ -221,9 +221,18 @@ def _fitted(
 
 def _newest_words(text: str, share: float) -> str:
     """Return the last words of a text, a share of all of them."""
-    words = text.split(" ")
-    keep = int(len(words) * share) if share < 1 else len(words)
-    return " ".join(words[-keep:]) if keep > 0 else ""
+    cuts = _cuts(text)
+    return _from_word(text, cuts, int(len(cuts) * share) if share < 1 else len(cuts))
+
+
+def _cuts(text: str) -> list[int]:
+    """Return where a text may be cut: at its start, behind spaces, and at letters of scripts without spaces."""
+    cuts = [0, *(at + 1 for at, letter in enumerate(text) if letter == " ")]
+    return cuts if text.isascii() else sorted({*cuts, *(at for at, one in enumerate(text) if is_spaceless(one))})
+
+
+def _from_word(text: str, cuts: Sequence[int], keep: int) -> str:
+    return text[cuts[-keep] :] if keep > 0 else ""
 
 
 def _fit(text: str, row: TextExample, count: Count, max_length: int) -> tuple[str, int]:
@@ -231,13 +240,13 @@ def _fit(text: str, row: TextExample, count: Count, max_length: int) -> tuple[st
     tokens = count(f"{text}\n{row.prompt}", row.target)
     if tokens <= max_length:
         return text, tokens
-    words = text.split(" ")
-    low, high = 0, len(words)  # number of words kept: `low` fits, `high` does not
+    cuts = _cuts(text)
+    low, high = 0, len(cuts)  # number of words kept: `low` fits, `high` does not
     while high - low > 1:
         middle = (low + high) // 2
-        fits = count(" ".join(words[-middle:]) + "\n" + row.prompt, row.target) <= max_length
+        fits = count(_from_word(text, cuts, middle) + "\n" + row.prompt, row.target) <= max_length
         low, high = (middle, high) if fits else (low, middle)
-    kept = " ".join(words[-low:]) if low else ""
+    kept = _from_word(text, cuts, low)
     return kept, count(f"{kept}\n{row.prompt}", row.target) if kept else count(row.prompt, row.target)
 
 
