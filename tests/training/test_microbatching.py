@@ -10,18 +10,18 @@ from hypothesis import strategies as st
 
 from proper.data.encoder import EncodedExample
 from proper.training import microbatching
-from proper.training.microbatching import Work, micro_batches, padded_tokens
+from proper.training.microbatching import SlotRow, micro_batches, padded_tokens
 
 
-def rows(lengths: list[int]) -> list[Work]:
+def rows(lengths: list[int]) -> list[SlotRow]:
     return [(at % 3, at // 3, EncodedExample("u", tuple(range(length)), 1)) for at, length in enumerate(lengths)]
 
 
-def cost(pieces: list[list[Work]]) -> int:
+def cost(pieces: list[list[SlotRow]]) -> int:
     return padded_tokens(pieces) + microbatching.START_TOKENS * len(pieces)
 
 
-def cheapest(work: list[Work]) -> int:
+def cheapest(work: list[SlotRow]) -> int:
     """Every way to cut the sorted rows, one after another."""
     ordered = sorted(work, key=lambda entry: -len(entry[2].ids))
     best = None

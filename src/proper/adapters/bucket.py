@@ -23,7 +23,9 @@ T = TypeVar("T")
 PART_BYTES = 8 << 20
 """An object larger than this is uploaded in parts of this size, several at a time."""
 
-_AT_ONCE, _ATTEMPTS, _PIECE = 4, 5, 1 << 20
+_AT_ONCE = 4  # parts of an upload at the same time
+_ATTEMPTS = 5  # requests, before the bucket counts as unavailable
+_PIECE = 1 << 20  # bytes of an answer that are read at once
 _WRITER = "writer"  # key of an object's metadata: which put wrote it
 _ENVIRONMENT = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE")
 _SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from proper.adapters.store import AdapterStore
 
 MIN_LIVE_SHARE = 0.8
+"""Share of a shard's bytes that records refer to below which it is rewritten."""
 
 
 @dataclass(frozen=True)

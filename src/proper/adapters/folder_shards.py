@@ -12,8 +12,8 @@ from proper.adapters.storage import Aside, ShardWriter, move_live
 from proper.errors import StoreError
 from proper.files import locked, private_folder
 
-_TOGETHER = 8
-_PIECE = 1 << 20
+_TOGETHER = 8  # shards that are rewritten at once
+_PIECE = 1 << 20  # bytes that are read at once
 _FILE = ".safetensors"
 
 

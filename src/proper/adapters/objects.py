@@ -31,7 +31,8 @@ from proper.files import atomic_path, locked
 OBJECT_BYTES = 16 << 20
 """Size at which a put starts another object: the most that erasing one adapter has to read and write again."""
 
-_DEAD, _SMALL = 0.25, 0.25
+_DEAD = 0.25  # share of an object's bytes that wait for erasure from which on it is rewritten
+_SMALL = 0.25  # share of `OBJECT_BYTES` below which objects are joined
 
 
 class ObjectShards:

@@ -20,6 +20,7 @@ from proper.adapters.serialization import MAX_LEVEL, SCALE
 
 Storage = Literal["bf16", "fp32", "int8", "int4"]
 BLOCK = 32
+"""Numbers that share a scale in int4."""
 
 
 def quantize(x: Float[Tensor, "*rows N"], most: int = 127) -> tuple[Int8[Tensor, "*rows N"], BFloat16[Tensor, "*rows"]]:

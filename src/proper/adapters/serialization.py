@@ -41,7 +41,7 @@ _NAMES = {
     torch.uint8: "U8",
 }
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
-_ALIGNMENT = 64
+_ALIGNMENT = 64  # bytes; the tensors of a file begin at a multiple
 
 
 @dataclass(frozen=True)

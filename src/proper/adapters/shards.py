@@ -24,7 +24,7 @@ from proper.files import open_private
 
 # Small enough to remain in a core's cache until the checksum reads it.
 CHUNK = 1 << 18
-_FLUSH = 1 << 20
+_FLUSH = 1 << 20  # bytes of a shard that wait in memory before they are written
 
 
 class BlobError(StoreError):

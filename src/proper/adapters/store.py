@@ -54,8 +54,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 DEFAULT_TENANT = ""
-KEEP, WAIT_SECONDS = 2, 60.0
-FILE_BYTES, SHARD_BYTES = 256 << 10, 64 << 20
+"""The tenant of a run's own users: those of its data."""
+KEEP, WAIT_SECONDS, FILE_BYTES, SHARD_BYTES = 2, 60.0, 256 << 10, 64 << 20
+"""Defaults of the arguments of `AdapterStore` with these names."""
 
 
 class AdapterStore:

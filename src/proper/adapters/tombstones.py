@@ -34,7 +34,8 @@ from proper.databases.tables import SETTINGS, TOMBSTONES
 from proper.errors import StoreError
 from proper.run_folder import RunFolder
 
-_MANY, _KEY_BYTES = 32, 32
+_MANY = 32  # users from which on all tombstones are read at once, instead of one by one
+_KEY_BYTES = 32
 
 
 class Tombstones:

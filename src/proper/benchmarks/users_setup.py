@@ -23,13 +23,13 @@ from proper.models.personal import ProperModel
 from proper.training.checkpoint import Checkpoint
 from proper.training.jobs import FitResult, Job
 from proper.training.memory import auto_slots, footprint
-from proper.training.microbatching import Work
+from proper.training.microbatching import SlotRow
 from proper.training.multi_user_trainer import MultiUserTrainer
 
 RATE = 1e-3
 MAX_LENGTH = 256
 
-Step = list[list[Work]]
+Step = list[list[SlotRow]]
 """The rows of one step, as micro-batches."""
 
 
@@ -98,7 +98,7 @@ class UsersBench:
         """Return the micro-batches of every step, by training all users once."""
         stream: list[Step] = []
 
-        def observe(steps: int, work: Sequence[Work]) -> None:
+        def observe(steps: int, work: Sequence[SlotRow]) -> None:
             if len(stream) == steps:
                 stream.append([])
             stream[-1].append(list(work))

@@ -41,6 +41,7 @@ from proper.models.memory import give_back_memory
 from proper.run_folder import RunFolder, Stage, Tier
 
 MEASURING_CODE = ("data", "layers", "models", "inference", "evaluation")
+"""Parts of the package whose change measures the trained stages anew (`fingerprint.code_version`)."""
 
 HISTORY_SAMPLE = 8
 """Newest history items per user on which overfitting is measured."""

@@ -82,7 +82,9 @@ class TaskInfo:
 
 
 Contributions = Callable[[Sequence[Prediction], TaskInfo], FloatArray]
+"""Function from predictions to what each query contributes, `(N, F)`."""
 Finish = Callable[[FloatArray, FloatArray], FloatArray]
+"""Function from sums of contributions `(..., F)` and numbers of queries `(...)` to values `(...)`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,7 @@ class Effort:
 
 
 DEFAULT_EFFORT = Effort()
+"""The effort of every comparison that does not name another."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from proper.run_folder import Stage
 logger = logging.getLogger(__name__)
 
 LEVELS = tuple(map(str, Stage))
+"""What an oracle knows: the population, the user's group, or the user."""
 
 
 @dataclass(frozen=True, slots=True)

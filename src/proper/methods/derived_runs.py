@@ -35,7 +35,9 @@ logger = logging.getLogger(__name__)
 
 _TRAINERS = ("stage_methods", "derived_runs", "end_to_end", "per_user_lora", "poly", "poly_layers", "residual")
 DERIVING_CODE = ("data", "methods/table.py", "methods/retrieved.py", "methods/prompt_states.py")
+"""Parts of the package whose change makes derived data anew (`fingerprint.code_version`)."""
 TRAINING_CODE = ("data", "layers", "models", "training", *(f"methods/{name}.py" for name in _TRAINERS))
+"""Parts of the package whose change trains derived runs anew."""
 
 
 def trained_run(method: Method, run: TrainedRun, home: Path, opened: dict[Path, Dataset]) -> TrainedRun:

@@ -34,6 +34,7 @@ from proper.run_folder import RunFolder, Stage, Tier
 logger = logging.getLogger(__name__)
 
 ANSWERING_CODE = ("data", "layers", "models", "adapters", "inference", "export", "methods", "evaluation/runner.py")
+"""Parts of the package whose change answers the queries anew (`fingerprint.code_version`)."""
 
 
 @dataclass(frozen=True)

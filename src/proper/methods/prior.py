@@ -45,6 +45,7 @@ from proper.training.jobs import held_out_items
 Floats = NDArray[np.float64]
 
 WEIGHTS = np.linspace(0, 1, 41)
+"""Values of w that are tried."""
 
 MAX_HELD = 256
 """Held-out items that are scored to choose w: one number needs no more, and scoring costs as much as a query each."""

@@ -21,6 +21,7 @@ PerUser = Literal["nothing", "history", "embedding", "adapter", "export", "int8"
 """Data that must be kept per user for a method to answer."""
 
 Needs = Literal["nothing", "labels", "text"]
+"""What a method needs of the task: labels or ratings, or free text."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from proper.errors import ConfigError, ProperError, first_line
 from proper.files import atomic_folder
 
 SUFFIX = ".gguf"
-_SAMPLE = 1 << 20
+_SAMPLE = 1 << 20  # bytes at the begin, the middle and the end of a file that its digest is of
 
 
 def cache_folder() -> Path:

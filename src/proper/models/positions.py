@@ -32,7 +32,7 @@ MOVING = ("longrope", "dynamic")
 FIXED = "fixed"
 """A `rope_type` that transformers does not know, so that it leaves the frequencies unchanged."""
 
-_PROBE = 8
+_PROBE = 8  # positions of the short row that a long one is compared with
 
 
 def positions_of(model: nn.Module) -> int | None:

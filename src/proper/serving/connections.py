@@ -26,6 +26,7 @@ _TURNS = 3
 RESERVED = _TURNS * ACCEPTED_AT_ONCE + 112
 """File descriptors reserved for the store, the interaction log, weights and the worker."""
 MAX_CONNECTIONS = 4096
+"""Most open connections, if the limit on open files allows as many."""
 
 
 @dataclass(frozen=True)

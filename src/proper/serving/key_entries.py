@@ -25,7 +25,7 @@ from proper.run_folder import RunFolder
 
 Scope = Literal["generate", "write", "admin"]
 _RUN = RunFolder(Path())
-_STALE_SECONDS = 1.0
+_STALE_SECONDS = 1.0  # age at which the keys are read again
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from anyio import CapacityLimiter, to_thread
 
 from proper.serving.errors import APIError
 
-_BUCKETS = 10_000
+_BUCKETS = 10_000  # token buckets from which on full ones are dropped
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from proper.serving.schemas.replies import (
 Kind = Literal["chat", "text"]
 Decode = Callable[[int], str]
 GATE_DIGITS = 4
+"""Decimals of the gates in a reply."""
 
 
 @dataclass

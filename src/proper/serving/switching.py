@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from proper.errors import ProperError
 
-_POLL_SECONDS = 0.5
+_POLL_SECONDS = 0.5  # between two looks whether the server's loop has ended
 
 Application = FastAPI
 """Type of the result of `create_app`."""

@@ -13,13 +13,13 @@ from proper.models.personal import ProperModel
 from proper.training.jobs import FitProgress, Job
 from proper.training.microbatching import item_losses
 
-Losses = dict[float, dict[int, Float[Tensor, "n 2"]]]
+LossesAtScales = dict[float, dict[int, Float[Tensor, "n 2"]]]
 """By scale and slot, each held-out item's summed loss and its number of answer tokens."""
 
 
 def losses_at_scales(
     model: ProperModel, bank: AdapterBank, jobs: Mapping[int, Job], scales: set[float], pad: int
-) -> Losses:
+) -> LossesAtScales:
     """Return the losses of the slots' held-out items with the bank's adapters times each scale."""
     full, found = bank.scale, {}
     try:

@@ -30,8 +30,13 @@ from proper.training.optim import rate_factor
 from proper.training.trainer import require_finite
 
 ROWS_PER_STEP = 32
+"""Rows of one optimizer step, of several users."""
 
 Load = Callable[[str, Float[Tensor, "P"]], None]
+"""Function that puts a user's adapter into a row of the bank."""
+
+StepRows = list[tuple[int, Job, EncodedExample]]
+"""The rows of a step, each with its slot and its user's job."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +87,7 @@ def train_router(model: ProperModel, jobs: Jobs, load: Load, plan: RouterPlan, t
         parameter.requires_grad_(False)
 
 
-Work = list[tuple[int, Job, EncodedExample]]
-
-
-def _loss(model: ProperModel, work: Work, pad: int) -> Tensor:
+def _loss(model: ProperModel, work: StepRows, pad: int) -> Tensor:
     """Return the mean loss per answer token over all rows of a step."""
     batch = collate([row for _, _, row in work], pad, model.device)
     slots = torch.tensor([slot for slot, _, _ in work], device=model.device)
@@ -94,7 +96,7 @@ def _loss(model: ProperModel, work: Work, pad: int) -> Tensor:
     return total.sum() / tokens.sum()
 
 
-def _steps(jobs: Jobs, bank: AdapterBank, load: Load, plan: RouterPlan, done: int) -> Iterator[tuple[int, Work]]:
+def _steps(jobs: Jobs, bank: AdapterBank, load: Load, plan: RouterPlan, done: int) -> Iterator[tuple[int, StepRows]]:
     """Yield, for every remaining step, the number of rows before it and its rows, with their users' adapters loaded."""
     step = seen = 0
     for epoch in range(plan.config.router_epochs):

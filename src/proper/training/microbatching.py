@@ -25,11 +25,11 @@ MICRO_TOKENS = 4096
 START_TOKENS = 64
 """Fixed cost of a micro-batch, in tokens: about a thousand calls into torch, 15 ms on a CPU with proper-nano."""
 
-Work = tuple[int, int, EncodedExample]
+SlotRow = tuple[int, int, EncodedExample]
 """A row's slot, its index in its user's batch, and the row."""
 
 
-def micro_batches(work: Sequence[Work], limit: int | None = None) -> Iterator[list[Work]]:
+def micro_batches(work: Sequence[SlotRow], limit: int | None = None) -> Iterator[list[SlotRow]]:
     """Split rows into micro-batches at the least total cost.
 
     Each has at most `MICRO_TOKENS` tokens, padding included, at most `limit` if it is given, or is a single row.
@@ -43,7 +43,7 @@ def micro_batches(work: Sequence[Work], limit: int | None = None) -> Iterator[li
         yield sorted(rows[start:end], key=lambda entry: entry[:2])
 
 
-def padded_tokens(pieces: Sequence[Sequence[Work]]) -> int:
+def padded_tokens(pieces: Sequence[Sequence[SlotRow]]) -> int:
     """Return the number of tokens that run through the model, padding included."""
     return sum(len(piece) * max(len(row.ids) for _, _, row in piece) for piece in pieces)
 
@@ -51,7 +51,7 @@ def padded_tokens(pieces: Sequence[Sequence[Work]]) -> int:
 def row_losses(
     model: ProperModel,
     jobs: Mapping[int, Job],
-    work: Sequence[Work],
+    work: Sequence[SlotRow],
     mode: Mode,
     pad: int,
     generators: Sequence[torch.Generator] = (),

@@ -32,7 +32,7 @@ from proper.training.held_out import losses_at_scales, record_losses
 from proper.training.jobs import Done, FitProgress, FitResult, Job, Jobs, refusal
 from proper.training.memory import pending_rows
 from proper.training.metrics_log import Log
-from proper.training.microbatching import Work, micro_batches, padded_tokens, row_losses
+from proper.training.microbatching import SlotRow, micro_batches, padded_tokens, row_losses
 from proper.training.optim import RowAdamW, clip_row_, rate_factor
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 Bad = dict[int, str]
 """Slots whose users cannot be trained further, and the reasons."""
 
-Observe = Callable[[int, Sequence[Work]], None]
+Observe = Callable[[int, Sequence[SlotRow]], None]
 """Function that is called with the number of steps done and the rows of each training micro-batch."""
 
 
@@ -249,7 +249,7 @@ class MultiUserTrainer:
         job, state = self.job_in(slot)
         return state.step // job.steps_per_pass(self.config.batch_size)
 
-    def _dropout_generators(self, work: Sequence[Work]) -> list[torch.Generator]:
+    def _dropout_generators(self, work: Sequence[SlotRow]) -> list[torch.Generator]:
         """Return each row's generator, which depends on the seed, the user, the step and the row only."""
         if self.config.dropout == 0:
             return []

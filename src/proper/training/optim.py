@@ -21,6 +21,7 @@ REFERENCE_WIDTH = 4096
 """Hidden size of Llama-2-7B, on which the paper's rates were chosen."""
 
 PAPER_RATES = {"population": 3e-4, "groups": 2e-4, "users": 2e-4, "router": 2e-4}
+"""The paper's learning rates by stage; `router` is stage 3b."""
 
 
 def resolve_rate(rate: float | Literal["auto"], stage: str, hidden_size: int) -> float:

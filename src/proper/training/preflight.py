@@ -39,6 +39,7 @@ from proper.training.population import in_training, wrap
 MIN_COSINE = 0.8
 """Minimum cosine between logits with and without a cache; rounding, which can change a token's expert, stays above."""
 STEPS = 2
+"""Tokens that are decoded for each sample."""
 
 
 class PreflightSample(NamedTuple):

@@ -175,11 +175,13 @@ def _updates(plan: TrainingPlan, done: int) -> Iterator[list[list[TextExample]]]
 
 
 def _last_size(plan: TrainingPlan) -> int:
+    """Return the number of micro-batches of the last update, which may have fewer than the others."""
     batches = max(1, round(plan.config.epochs * plan.batches_per_epoch))
     return batches - (plan.updates - 1) * plan.config.gradient_accumulation
 
 
 def _batches(plan: TrainingPlan) -> Iterator[list[TextExample]]:
+    """Yield the micro-batches of one epoch after another, without end."""
     epoch = 0
     while True:
         shuffle = random.Random(seed_of(plan.seed, "batches", epoch))

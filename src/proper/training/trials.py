@@ -37,6 +37,7 @@ from proper.training.user_stage import (
 )
 
 Quarantined = Mapping[str, Mapping[str, Any]]
+"""By user in quarantine, the metadata of the record, which says why."""
 
 
 def select(stage: UserStage) -> tuple[list[int], Choice, Metadata]:

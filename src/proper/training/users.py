@@ -1,9 +1,12 @@
 """Stage 3 training: a LoRA adapter per user who gains from one, then the LoRA-aware router (method: stage 3, tiers).
 
-1. trials:  every user's adapter on the older part of the history; one choice of passes and scale for all; the users
-who gain from an adapter (`trials`)
-2. final:   the adapters of these users, on all their items, for the chosen passes and at the chosen scale (3a)
-3. 3b, if the config has a LoRA-aware router: on the final adapters, or in the trials on their held-out items
+    1. trials   every user's adapter on the older part of the history; one choice of passes and scale for all; the
+                users who gain from an adapter (`trials`)
+    2. final    the adapters of these users, on all their items, for the chosen passes and at the chosen scale (3a)
+    3. router   3b, if the config has a LoRA-aware router: on the final adapters, or in the trials on their held-out
+                items
+
+A restart goes on behind the last part that is finished (`user_stage`).
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from proper.training.user_stage import (
 )
 
 _KEPT = "kept.json"
+"""Marker: the records of users without an adapter are written, after all adapters."""
 
 RECORDS = 1000
 """Number of records per put for users who were not trained."""
