@@ -33,9 +33,10 @@ from proper.data.encoder import EncodedExample
 from proper.enrolment.fit_user import START_NEIGHBOURS, Fitter, open_fitter
 from proper.files import read_json, write_json
 from proper.inference import load
+from proper.training.held_out import per_token
 from proper.training.jobs import FitResult, Job, full_passes
 from proper.training.metrics_log import no_log
-from proper.training.microbatching import held_out_losses
+from proper.training.microbatching import item_losses
 from proper.training.multi_user_trainer import MultiUserTrainer
 from proper.training.starts import mean_adapter, meta_start
 from proper.training.user_stage import UserStage
@@ -90,8 +91,8 @@ def losses(
         fit_jobs(stage, jobs, name)
         tests = {at: replace(job, held_out=tuple(histories[at][1][asked])) for at, job in enumerate(jobs)}
         if "group" not in told:
-            told["group"] = list(held_out_losses(stage.model, tests, "groups", stage.pad).values())
-        told[name] = list(held_out_losses(stage.model, tests, "fit", stage.pad).values())
+            told["group"] = [per_token(each) for each in item_losses(stage.model, tests, "groups", stage.pad).values()]
+        told[name] = [per_token(each) for each in item_losses(stage.model, tests, "fit", stage.pad).values()]
     return told
 
 

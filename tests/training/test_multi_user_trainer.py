@@ -26,9 +26,10 @@ from proper.models.personal import ProperModel
 from proper.training import microbatching as micro_module
 from proper.training.checkpoint import Checkpoint
 from proper.training.jobs import FitProgress, FitResult, Job
-from proper.training.microbatching import held_out_losses, micro_batches, row_losses
+from proper.training.microbatching import micro_batches, row_losses
 from proper.training.multi_user_trainer import MultiUserTrainer
 from proper.training.optim import rate_factor
+from tests.training.held_out_losses import held_out_losses
 
 Build = Callable[..., ProperModel]
 Results = dict[str, tuple[FitProgress, Tensor]]

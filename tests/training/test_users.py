@@ -28,11 +28,11 @@ from proper.models.personal import ProperModel
 from proper.training import users as users_module
 from proper.training.checkpoint import Checkpoint
 from proper.training.jobs import PARTS, FitResult, Job, full_passes, held_out_items, passes_of
-from proper.training.microbatching import held_out_losses
 from proper.training.multi_user_trainer import MultiUserTrainer
 from proper.training.pooled_choice import Choice
 from proper.training.user_stage import UserStage
 from proper.training.users import train_users
+from tests.training.held_out_losses import held_out_losses
 
 Build = Callable[..., ProperModel]
 Everything = tuple[dict[str, UserRecord], dict[str, Tensor]]

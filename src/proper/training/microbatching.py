@@ -76,8 +76,10 @@ def row_losses(
 
 
 @torch.no_grad()
-def held_out_losses(model: ProperModel, jobs: Mapping[int, Job], mode: Mode, pad: int) -> dict[int, float]:
-    """Return the held-out loss per token (nats) of each slot's job; jobs without held-out items are left out.
+def item_losses(model: ProperModel, jobs: Mapping[int, Job], mode: Mode, pad: int) -> dict[int, Float[Tensor, "n 2"]]:
+    """Return each held-out item's summed loss (nats) and its number of answer tokens, by slot.
+
+    Jobs without held-out items are left out.
 
     Args:
         model: the model; its bank has the adapters.
@@ -85,13 +87,6 @@ def held_out_losses(model: ProperModel, jobs: Mapping[int, Job], mode: Mode, pad
         mode: the tier that is computed.
         pad: id of the padding token.
     """
-    found = {slot: losses.sum(0).tolist() for slot, losses in item_losses(model, jobs, mode, pad).items()}
-    return {slot: total / tokens for slot, (total, tokens) in found.items()}
-
-
-@torch.no_grad()
-def item_losses(model: ProperModel, jobs: Mapping[int, Job], mode: Mode, pad: int) -> dict[int, Float[Tensor, "n 2"]]:
-    """Return each held-out item's summed loss (nats) and its number of answer tokens; arguments and order as above."""
     work = [(slot, at, row) for slot, job in jobs.items() for at, row in enumerate(job.held_out)]
     found = {slot: torch.zeros(len(job.held_out), 2, dtype=torch.float64) for slot, job in jobs.items()}
     for piece in micro_batches(work, model.backbone.batch_tokens):
