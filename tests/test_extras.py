@@ -34,6 +34,7 @@ OF_EXTRAS = {
     "postgresql": ("databases/postgresql/",),
     "serve": ("serving/",),
     "data": ("data/arrow_files.py", "data/text_files.py"),
+    "gguf": ("models/gguf_rope.py",),
     "privacy": ("training/privacy.py",),
     "s3": ("adapters/bucket.py",),
     "simulate": ("simulation/",),

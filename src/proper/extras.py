@@ -12,6 +12,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "cluster": ("ray",),
         "data": ("datasets", "ijson"),
+        "gguf": ("gguf",),
         "postgresql": ("alembic", "psycopg"),
         "privacy": ("opacus",),
         "s3": ("boto3", "botocore"),

@@ -3,8 +3,10 @@
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -23,8 +25,7 @@ WORDS = ["<unk>", "<s>", "</s>", *(f"{chr(65 + at)}" for at in range(26)), "Ġ",
 TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
 
 
-@pytest.fixture
-def original() -> LlamaForCausalLM:
+def tiny_llama(**changes: Any) -> LlamaForCausalLM:
     torch.manual_seed(0)
     shape = LlamaConfig(
         vocab_size=len(WORDS),
@@ -33,16 +34,28 @@ def original() -> LlamaForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
+        **{"max_position_embeddings": 64, "tie_word_embeddings": False, **changes},
     )
     return LlamaForCausalLM(shape).eval()
 
 
 @pytest.fixture
+def original() -> LlamaForCausalLM:
+    return tiny_llama()
+
+
+@pytest.fixture
 def file(original: LlamaForCausalLM, tmp_path: Path) -> Path:
-    """The original as an unquantized GGUF file, written with llama.cpp's package."""
-    path = tmp_path / "tiny.gguf"
+    return written(original, tmp_path / "tiny.gguf")
+
+
+def written(
+    original: LlamaForCausalLM,
+    path: Path,
+    add: Callable[[gguf.GGUFWriter], None] = lambda _: None,
+    layers: int = 2,
+) -> Path:
+    """Write a model's first layers as an unquantized GGUF file with llama.cpp's package; `add` adds more to it."""
     shape = original.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
@@ -59,14 +72,17 @@ def file(original: LlamaForCausalLM, tmp_path: Path) -> Path:
     writer.add_token_list(WORDS)
     writer.add_token_types([3, 3, 3, *([1] * (len(WORDS) - 3))])
     writer.add_token_merges(["A B", "AB C"])
-    for add, number in ((writer.add_unk_token_id, 0), (writer.add_bos_token_id, 1), (writer.add_eos_token_id, 2)):
-        add(number)
+    for named, number in ((writer.add_unk_token_id, 0), (writer.add_bos_token_id, 1), (writer.add_eos_token_id, 2)):
+        named(number)
     writer.add_chat_template(TEMPLATE)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, shape.num_hidden_layers)
     for name, tensor in original.state_dict().items():
+        if name.startswith(tuple(f"model.layers.{at}." for at in range(layers, shape.num_hidden_layers))):
+            continue
         heads = {"q_proj": shape.num_attention_heads, "k_proj": shape.num_key_value_heads}.get(name.split(".")[-2])
         kept = interleaved(tensor.numpy(), heads) if heads else tensor.numpy()
         writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), kept)
+    add(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -93,6 +109,69 @@ def test_it_computes_what_the_original_does(original: LlamaForCausalLM, file: Pa
         want = original.to(torch.bfloat16).float()(tokens).logits
         torch.testing.assert_close(backbone.model(tokens).logits, want, atol=1e-4, rtol=1e-4)
     assert backbone.ends == (2,)
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"rope_theta": 500000.0, "original_max_position_embeddings": 8192}
+
+
+def divisors(writer: gguf.GGUFWriter) -> None:
+    """Add the tensor that llama.cpp's converter writes for Llama 3.1."""
+    frequencies = tiny_llama(rope_parameters={"rope_type": "default", "rope_theta": 500000.0}).model.rotary_emb.inv_freq
+    scaled = tiny_llama(rope_parameters=LLAMA3, max_position_embeddings=131072).model.rotary_emb.inv_freq
+    writer.add_tensor("rope_freqs.weight", (frequencies / scaled).numpy())
+
+
+def linear(writer: gguf.GGUFWriter) -> None:
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    writer.add_rope_scaling_factor(4.0)
+
+
+@pytest.mark.parametrize(
+    ("rope", "add"),
+    [(LLAMA3, divisors), ({"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}, linear)],
+    ids=["llama3", "linear"],
+)
+def test_scaled_rope_comes_along(rope: dict[str, Any], add: Callable[[gguf.GGUFWriter], None], tmp_path: Path) -> None:
+    original = tiny_llama(rope_parameters=rope, max_position_embeddings=131072)
+    backbone = load_backbone(str(written(original, tmp_path / "scaled.gguf", add)), torch.float32, torch.device("cpu"))
+    assert {**backbone.model.config.rope_parameters} == rope
+    assert torch.equal(backbone.model.model.rotary_emb.inv_freq, original.model.rotary_emb.inv_freq)
+
+
+def unknown_divisors(writer: gguf.GGUFWriter) -> None:
+    writer.add_tensor("rope_freqs.weight", np.array([1, 2, 3, 5], dtype=np.float32))
+
+
+def yarn(writer: gguf.GGUFWriter) -> None:
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(4.0)
+
+
+@pytest.mark.parametrize(("add", "what"), [(unknown_divisors, "rope_freqs.weight"), (yarn, "yarn")])
+def test_a_scaling_that_cannot_be_read_is_refused(
+    add: Callable[[gguf.GGUFWriter], None], what: str, original: LlamaForCausalLM, tmp_path: Path, cache: Path
+) -> None:
+    path = written(original, tmp_path / "scaled.gguf", add)
+    with pytest.raises(ConfigError, match=rf"^backbone: .*scaled\.gguf: its scaling of RoPE \({what}\) cannot be read"):
+        backbone_location(str(path))
+    assert not list(cache.glob("gguf/*"))
+
+
+def test_the_first_of_several_files_is_not_a_whole_model(
+    original: LlamaForCausalLM, tmp_path: Path, cache: Path
+) -> None:
+    path = written(original, tmp_path / "tiny-00001-of-00002.gguf", layers=1)
+    with pytest.raises(ConfigError, match=r"00001-of-00002\.gguf': 9 weights are missing .* first model\.layers\.1\."):
+        backbone_location(str(path))
+    assert not list(cache.glob("gguf/*"))
+
+
+def test_an_output_layer_that_is_the_embedding_is_not_missing(tmp_path: Path) -> None:
+    original = tiny_llama(tie_word_embeddings=True)
+    del original.lm_head  # llama.cpp writes no output.weight
+    backbone = load_backbone(str(written(original, tmp_path / "tied.gguf")), torch.float32, torch.device("cpu"))
+    assert backbone.model.lm_head.weight is backbone.model.model.embed_tokens.weight
 
 
 def test_the_tokenizer_and_its_chat_template_come_along(file: Path) -> None:

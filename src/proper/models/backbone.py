@@ -16,6 +16,7 @@ from proper.config import Config
 from proper.data.chat import uses_chat_template
 from proper.data.encoder import Encoder
 from proper.errors import ConfigError
+from proper.models.gguf import require_weights
 from proper.models.memory import MAX_TOKENS, tokens_at_once
 from proper.models.positions import context_of, fix_rope, positions_of, require_positions
 from proper.models.tokenizer import (
@@ -209,10 +210,7 @@ def _load_model(name: str, dtype: torch.dtype, device: torch.device, trust_remot
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"backbone: {what(name)} cannot be loaded: {reason(error)}") from error
     model, found = loaded
-    # transformers initializes missing weights at random and only warns about it.
-    wrong = sorted(found["missing_keys"]) + sorted(key for key, *_ in found["mismatched_keys"])
-    if wrong:
-        raise ConfigError(f"backbone: {what(name)}: {len(wrong)} weights are missing or misshapen, first {wrong[0]}")
+    require_weights(found, what(name))
     return model
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from proper.files import atomic_folder
 
 SUFFIX = ".gguf"
 _SAMPLE = 1 << 20  # bytes at the begin, the middle and the end of a file that its digest is of
+_FORMAT = 2
+"""Version of what a folder in the cache holds: 1 was without the scaling of RoPE."""
 
 
 def cache_folder() -> Path:
@@ -62,35 +65,53 @@ def dequantize(path: Path, folder: Path) -> None:
     """Write the model and tokenizer of a GGUF file into an existing folder, in transformers' format and bf16.
 
     Raises:
-        ConfigError: the file cannot be read, its architecture is not supported, or the package `gguf` is missing.
+        ConfigError: the file cannot be read, its architecture is not supported, a weight is missing (the others are in
+            further files, for example), or the package `gguf` is missing.
     """
     if find_spec("gguf") is None:
         raise ConfigError(f"backbone: {path.name}: GGUF files need the extra 'gguf': pip install 'proper-llm[gguf]'")
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    where, options = str(path.parent.resolve()), {"gguf_file": path.name}
+    from proper.models.gguf_rope import scale_rope
+
+    where = str(path.parent.resolve())
+    options: dict[str, Any] = {"gguf_file": path.name}
     with progress(f"de-quantizing {path.name}", 3) as advance:
         try:
             tokenizer = AutoTokenizer.from_pretrained(where, **options)
             advance(1, "tokenizer")
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **options
-            )
+            shape = AutoConfig.from_pretrained(where, **options)
+            scale_rope(shape, path)
+            options |= {"quantization_config": GgufConfig(dequantize=True), "output_loading_info": True}
+            loaded: Any = AutoModelForCausalLM.from_pretrained(where, config=shape, dtype=torch.float32, **options)
             advance(1, "weights")
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, NotImplementedError) as error:
             reason = first_line(error, 200)
             raise ConfigError(f"backbone: {path} cannot be de-quantized: {reason}") from error
+        model, found = loaded
+        require_weights(found, f"the file {str(path)!r}")
         # The compute dtype is bf16 by default, and a file of bf16 is half the size.
         model.to(torch.bfloat16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         advance(1, "written")
 
 
+def require_weights(found: Mapping[str, Any], what: str) -> None:
+    """Check transformers' report of a load: it initializes missing weights at random and only warns about it.
+
+    Raises:
+        ConfigError: a weight is missing or misshapen.
+    """
+    wrong = sorted(found["missing_keys"]) + sorted(key for key, *_ in found["mismatched_keys"])
+    if wrong:
+        raise ConfigError(f"backbone: {what}: {len(wrong)} weights are missing or misshapen, first {wrong[0]}")
+
+
 def _fingerprint(path: Path) -> str:
-    """Return a hash of a file's size and of its first, middle and last mebibyte: files may have many gigabytes."""
+    """Return a hash of `_FORMAT`, a file's size and its first, middle and last mebibyte: files may have gigabytes."""
     size = path.stat().st_size
-    state = hashlib.sha256(str(size).encode())
+    state = hashlib.sha256(f"{_FORMAT} {size}".encode())
     with path.open("rb") as file:
         for start in (0, size // 2, max(0, size - _SAMPLE)):
             file.seek(start)
