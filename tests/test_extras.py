@@ -27,6 +27,7 @@ PARTS = {
     "pydantic_core": "pydantic",
     "starlette": "fastapi",
     "botocore": "boto3",
+    "tokenizers": "transformers",
 }
 # Modules that an extra's own modules import.
 OF_EXTRAS = {

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from proper.errors import ConfigError
@@ -98,3 +100,41 @@ def test_a_mistral_tokenizer_with_the_wrong_pattern_is_corrected(tmp_path: Path)
     assert load_tokenizer(str(tmp_path)).tokenize("eBay") == ["e", "Bay"]
     (tmp_path / "config.json").write_text(json.dumps({**shape, "model_type": "llama"}))
     assert load_tokenizer(str(tmp_path)).tokenize("eBay") == ["eBay"]
+
+
+SINGLE_DIGITS = pre_tokenizers.Digits(individual_digits=True)
+WORDS = pre_tokenizers.Split(Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+"), "isolated")
+
+
+@pytest.mark.parametrize(
+    ("kind", "family", "first", "normalizer"),
+    [
+        ("GPT2Tokenizer", "llama", SINGLE_DIGITS, None),  # as SmolLM2 and StarCoder2
+        ("GPT2Tokenizer", "granite", WORDS, None),
+        ("LlamaTokenizerFast", "qwen2", SINGLE_DIGITS, None),  # as DeepSeek's distilled models
+        ("GPTNeoXTokenizerFast", "gpt_neox", SINGLE_DIGITS, normalizers.NFKC()),
+        (None, "qwen2", WORDS, normalizers.Lowercase()),
+    ],
+    ids=str,
+)
+def test_a_tokenizer_splits_as_its_file_says(
+    kind: str | None, family: str, first: pre_tokenizers.PreTokenizer, normalizer: Any, tmp_path: Path
+) -> None:
+    names = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "12", "123", ">Ċ", ">ĊĊ", "hi"]
+    merges = [("1", "2"), ("12", "3"), (">", "Ċ"), (">Ċ", "Ċ"), ("h", "i")]
+    made = Tokenizer(models.BPE({name: at for at, name in enumerate(names)}, merges))
+    if normalizer is not None:
+        made.normalizer = normalizer
+    bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=first is SINGLE_DIGITS)
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Sequence([first, bytes_of]), decoders.ByteLevel()
+    made.save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": kind, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    loaded = load_tokenizer(str(tmp_path))
+    for text in ("Hi 12345", "a>\n\nb", "ﬁ e\u0301", "don't 7"):
+        wanted = made.encode(text, add_special_tokens=False).ids
+        assert loaded(text, add_special_tokens=False).input_ids == wanted
+        assert loaded.decode(wanted) == made.decode(wanted)
+        again = copy.deepcopy(loaded)  # as the encoder does
+        assert again(text, add_special_tokens=False, split_special_tokens=True).input_ids == wanted

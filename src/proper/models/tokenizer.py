@@ -6,7 +6,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers.utils.hub import cached_file
 
 from proper.config import Config
 from proper.data.chat import special_names, uses_chat_template
@@ -67,10 +69,36 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
         found = AutoTokenizer.from_pretrained(location, **options)
         # transformers corrects the pattern of Mistral's tokenizers only on request; otherwise it marks them and warns.
         if getattr(getattr(found, "backend_tokenizer", None), "fix_mistral_regex", None) is False:
-            found = AutoTokenizer.from_pretrained(location, fix_mistral_regex=True, **options)
+            return AutoTokenizer.from_pretrained(location, fix_mistral_regex=True, **options)
+        _split_as_its_file(found, location)
         return found
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"backbone: {what(name)} has no tokenizer: {reason(error)}") from error
+
+
+def _split_as_its_file(found: Any, location: str) -> None:
+    """Make a tokenizer split texts as its tokenizer.json says.
+
+    Since version 5, many classes of transformers (GPT2Tokenizer, Qwen2Tokenizer, ...) read only vocabulary and merges
+    from the file and bring their own normalizer and pre-tokenizer, whatever the model was trained with.
+    """
+    backend = getattr(found, "backend_tokenizer", None)
+    if backend is None or not type(found).__module__.startswith("transformers."):
+        return  # a class of the backbone's own knows what it does
+    path = cached_file(location, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+    if path is None:
+        return
+    wanted = Tokenizer.from_file(path)
+    if _splitting(backend) != _splitting(wanted):
+        # Not the post-processor: the class makes it of the special tokens in tokenizer_config.json.
+        for part in ("model", "normalizer", "pre_tokenizer", "decoder"):
+            setattr(backend, part, getattr(wanted, part))
+
+
+def _splitting(tokenizer: Tokenizer) -> list[Any]:
+    parts = [tokenizer.normalizer, tokenizer.pre_tokenizer]
+    options = [getattr(tokenizer.model, name, None) for name in ("ignore_merges", "byte_fallback")]
+    return [type(tokenizer.model), *options, *(None if part is None else part.__getstate__() for part in parts)]
 
 
 def configured_encoder(config: Config) -> Encoder:
