@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from proper.cli.app import main
-from proper.errors import RunFolderError
+from proper.errors import ProperError, RunFolderError
 from proper.run_config import hold
 from proper.run_folder import RunFolder
 from proper.run_lock import exclusive
@@ -104,11 +104,12 @@ def test_a_full_disk_is_one_line_that_names_the_folder(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
     try:
-        with pytest.raises(RunFolderError, match="run: cannot be written: File too large"), exclusive(tmp_path / "run"):
+        with pytest.raises(ProperError, match="cannot be written: File too large") as full, exclusive(tmp_path / "run"):
             pass
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)
+    assert full.value.exit_code == 1
 
 
 def test_an_unfinished_config_of_a_killed_run_does_not_take_its_folder(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from proper.errors import StoreError
+from proper.errors import StoreError, UnavailableError
 from proper.interactions.log import InteractionLog, LogEntry
 from proper.sqlite_files import Schema, open_shared
 
@@ -185,3 +187,19 @@ def test_a_file_system_without_hard_links_is_enough(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(os, "link", link)
     open_shared(tmp_path / "x", NUMBERS, 1).connection.close()
     assert [each.name for each in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_full_disk_is_not_damage(tmp_path: Path) -> None:
+    """SQLite says "disk I/O error" if it cannot make the index of a write-ahead log."""
+    path = tmp_path / "x"
+    open_shared(path, NUMBERS, 1).connection.close()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(UnavailableError, match="x: no space is left on the disk") as full:
+            open_shared(path, NUMBERS, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert full.value.exit_code == 1

@@ -33,6 +33,8 @@ PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
 _OTHERS = 0o007
 _PIECE = 1 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# SQLite calls it an I/O error if there is no space for the index of a write-ahead log.
+_SQLITE_FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
@@ -189,7 +191,7 @@ def is_full(error: BaseException | None) -> bool:
     while error is not None:
         found = _OS_ERROR.search(str(error)) if isinstance(error, SafetensorError) else None
         number = int(found[1]) if found else getattr(error, "errno", None)
-        if number in _FULL or getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+        if number in _FULL or getattr(error, "sqlite_errorcode", None) in _SQLITE_FULL:
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from proper.errors import RunFolderError
-from proper.files import close_to_others, locked, make_folder
+from proper.errors import ProperError, RunFolderError
+from proper.files import close_to_others, is_full, locked, make_folder
 from proper.run_folder import RunFolder
 
 
@@ -25,6 +25,7 @@ def exclusive(folder: Path) -> Iterator[None]:
 
     Raises:
         RunFolderError: another process holds the lock, the message names its id; or the folder cannot be written.
+        ProperError: the disk is full.
     """
     if not is_first_process():
         yield
@@ -38,7 +39,8 @@ def exclusive(folder: Path) -> Iterator[None]:
                 os.ftruncate(lock, 0)
                 os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
         except OSError as error:
-            raise RunFolderError(f"{folder}: cannot be written: {error.strerror or error}") from error
+            kind = ProperError if is_full(error) else RunFolderError
+            raise kind(f"{folder}: cannot be written: {error.strerror or error}") from error
         if lock is None:
             pid = (RunFolder(folder).lock).read_text(encoding="utf-8").strip() or "unknown"
             raise RunFolderError(f"{folder}: another process works in it (pid {pid}); wait for it, or stop it")

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from proper.errors import ReadOnlyError, StoreError
-from proper.files import PRIVATE_FILE, close_to_others, make_folder
+from proper.errors import ReadOnlyError, StoreError, UnavailableError
+from proper.files import PRIVATE_FILE, close_to_others, is_full, make_folder
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ def open_shared(path: Path, schema: Schema, wait_seconds: float, may_make: Calla
 
     Raises:
         StoreError: the file is damaged, of another schema version, or a symbolic link.
+        UnavailableError: the disk is full.
     """
     try:
         if path.is_symlink():
@@ -70,7 +71,7 @@ def open_shared(path: Path, schema: Schema, wait_seconds: float, may_make: Calla
             raise StoreError(f"{path}: the file is empty, so its content is lost; restore a backup")
         connection = _connect_to_read(path) if read_only else _connect(path, schema, wait_seconds)
     except (sqlite3.Error, OSError) as error:
-        raise StoreError(f"{path}: {error}") from error
+        raise store_error(path, error) from error
     try:
         _require(path, connection, schema)
     except BaseException:
@@ -111,6 +112,13 @@ def state_of(path: Path) -> list[tuple[int, int, int] | None]:
         else:
             found.append((status.st_ino, status.st_mtime_ns, status.st_size))
     return found
+
+
+def store_error(path: Path, error: Exception, what: str = "") -> StoreError:
+    """Return the error for a file that SQLite cannot read or write; a full disk is not damage."""
+    if is_full(error):
+        return UnavailableError(f"{path}: {what}no space is left on the disk")
+    return StoreError(f"{path}: {what}{error}")
 
 
 def read_only_error(path: Path) -> ReadOnlyError:
@@ -162,10 +170,15 @@ def open_to_read(path: Path) -> sqlite3.Connection:
     """Return a read-only connection to a SQLite file.
 
     If a process that changed the file was killed, the change is undone first: a read-only connection cannot do that.
+
+    Raises:
+        StoreError: the file is in a folder that cannot be written, and a part of its write-ahead log is missing.
     """
     if path.with_name(f"{path.name}-journal").exists():
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)) as database:
             database.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    if not writable(path):
+        return _connect_to_read(path)
     return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, check_same_thread=False)
 
 
@@ -218,7 +231,7 @@ def _require(path: Path, connection: sqlite3.Connection, schema: Schema) -> None
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         (tables,) = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
     except sqlite3.Error as error:
-        raise StoreError(f"{path}: {error}") from error
+        raise store_error(path, error) from error
     if version == 0 and not tables:
         raise StoreError(f"{path}: holds no tables, so its content is lost; restore a backup")
     found = 1 if version == 0 else version  # the first store format had no version number

@@ -112,6 +112,7 @@ def test_usage_errors_are_one_line(run: Path, tmp_path: Path, capsys: Output) ->
         (["update", str(run), "--input", rows], "--input: the user is missing"),
         (["update", str(run), "--watch", "--user", "u0"], "--watch: fits all queued users"),
         (["update", str(run), "--budget", "3"], "--budget and --hours go with --drifted"),
+        (["update", str(run), "--parent", "3"], "--parent goes with --watch"),
         (["update", str(run), "--drifted", "--user", "u0"], "--drifted: chooses the users itself"),
         (["enrol", str(run), "--user", "ann", "--input", str(tmp_path / "no.jsonl")], "no.jsonl: cannot be read"),
     ):

@@ -243,6 +243,7 @@ def test_an_export_of_all_users_needs_a_folder_of_its_own(run: Path, tmp_path: P
     out = tmp_path / "out"
     assert fails(capsys, "users", "export", run, "--out", out) == "export needs --user ID or --all"
     assert fails(capsys, *all_peft(run, out, "--user", "ann")) == "--user and --all exclude each other"
+    assert fails(capsys, *all_peft(run, out, "--force")).startswith("--force goes with --user")
     said = fails(capsys, "users", "export", run, "--all", "--out", out)
     assert said.startswith("--all needs --format peft")
     said = fails(capsys, "users", "export", run, "--user", "ann", "--out", out, "--base", "x")

@@ -28,7 +28,7 @@ from proper.adapters.records import MADE, is_for_bound, restored, vector
 from proper.adapters.serialization import fault_of, is_sound
 from proper.adapters.shards import BlobError
 from proper.adapters.store import AdapterStore
-from proper.errors import StoreError
+from proper.errors import StoreError, UnavailableError
 from proper.files import atomic_path, private_folder, write_json
 from proper.run_folder import Tier, UsersFolder
 from proper.sqlite_files import read_only_error
@@ -76,11 +76,14 @@ def check(store: AdapterStore, repair: bool = False) -> list[Finding]:
 
     Raises:
         StoreError: the manifest or a file cannot be read, or a repair cannot be written.
+        UnavailableError: the database does not answer, or the disk is full.
     """
     if repair and store.manifest.read_only:
         raise read_only_error(store.manifest.path)
     try:
         messages = store.manifest.damage()
+    except UnavailableError:
+        raise  # not damage
     except StoreError as error:
         messages = [str(error)]
     if messages:

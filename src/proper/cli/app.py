@@ -147,7 +147,11 @@ def _explain(error: Exception) -> tuple[str, int]:
 
 def _after_interruption(arguments: Sequence[str]) -> str:
     words = " ".join(arguments[:2])
-    if words.partition(" ")[0] in {"demo", "run", "evaluate", "data", "move-state"} or words == "groups refresh":
+    if (
+        words.partition(" ")[0] in {"demo", "run", "evaluate", "data", "move-state"}
+        or words in {"groups refresh", "users update"}
+        or (words == "users export" and "--all" in arguments)
+    ):
         return "the same command continues where this one stopped"
     if words == "users enrol":
         return "'proper users update' continues the fit; if no user is queued, the same command starts again"

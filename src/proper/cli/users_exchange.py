@@ -57,7 +57,7 @@ def export_command(
     """
     require_run(folder)
     if every:
-        _export_all(folder, out, user, form, served_at, base)
+        _export_all(folder, out, user, form, force, served_at, base)
         return
     if user is None:
         raise InputError("export needs --user ID or --all")
@@ -70,10 +70,12 @@ def export_command(
 
 
 def _export_all(
-    folder: Path, out: Path, user: str | None, form: Format, served_at: str | None, base: str | None
+    folder: Path, out: Path, user: str | None, form: Format, force: bool, served_at: str | None, base: str | None
 ) -> None:
     if user is not None:
         raise InputError("--user and --all exclude each other")
+    if force:
+        raise InputError("--force goes with --user; --all replaces the adapters of users who have changed")
     if form != "peft":
         raise InputError("--all needs --format peft; the format native is for one --user at a time")
     from proper.export.export_all import export_all, in_words

@@ -65,6 +65,8 @@ def update(
     """
     if not drifted and (budget is not None or hours is not None):
         raise InputError("--budget and --hours go with --drifted")
+    if parent is not None and not watch:
+        raise InputError("--parent goes with --watch")
     if drifted and (user is not None or watch):
         raise InputError("--drifted: chooses the users itself; leave --user and --watch out")
     if input_file is not None and user is None:

@@ -15,8 +15,7 @@ from sqlalchemy import MetaData
 
 from proper.databases.statements import Engine, Values, additions, created
 from proper.databases.unused_space import is_in_unused_space
-from proper.errors import StoreError
-from proper.sqlite_files import Schema, open_shared, read_only_error, state_of
+from proper.sqlite_files import Schema, open_shared, read_only_error, state_of, store_error
 
 _RETRY_SECONDS = 0.01
 
@@ -76,7 +75,7 @@ class SqliteDatabase:
                         self._db.execute("ROLLBACK")
                     raise
             except sqlite3.Error as error:
-                raise StoreError(f"{self.path}: the {self._noun} cannot be written: {error}") from error
+                raise store_error(self.path, error, f"the {self._noun} cannot be written: ") from error
 
     def read(self, sql: str, values: Values | Sequence[object] = ()) -> list[Any]:
         """Return all rows of a query."""
@@ -86,7 +85,7 @@ class SqliteDatabase:
                     self._open_again()
                 return self._patiently(sql, values)
         except sqlite3.Error as error:
-            raise StoreError(f"{self.path}: {error}") from error
+            raise store_error(self.path, error) from error
 
     def _open_again(self) -> None:
         """Open a file again that another process has changed: SQLite does not look for changes of a read-only file."""
@@ -125,7 +124,7 @@ class SqliteDatabase:
                     return done
                 return _until(deadline, _rebuilt, database) and _until(deadline, _checkpointed, database)
         except (sqlite3.Error, OSError) as error:
-            raise StoreError(f"{self.path}: {error}") from error
+            raise store_error(self.path, error) from error
 
     def damage(self) -> list[str]:
         """Return what `PRAGMA integrity_check` finds."""

@@ -21,13 +21,17 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 from zlib import error as ZlibError
 
+from proper.errors import StoreError
 from proper.sqlite_files import open_to_read
 
 CHUNK = 1 << 22
 _ROWS = 1000  # rows of a table in memory at once
 _DEPTH = 4
 _SQLITE, _PARQUET, _ZSTD = b"SQLite format 3\0", b"PAR1", b"\x28\xb5\x2f\xfd"
-UNREADABLE = (OSError, EOFError, sqlite3.Error, zipfile.BadZipFile, lzma.LZMAError, ZlibError, ValueError, RuntimeError)
+UNREADABLE = (
+    *(OSError, EOFError, sqlite3.Error, zipfile.BadZipFile, lzma.LZMAError, ZlibError, ValueError, RuntimeError),
+    StoreError,
+)
 """Exceptions that reading a damaged file may raise."""
 
 

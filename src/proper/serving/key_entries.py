@@ -18,8 +18,8 @@ from sqlalchemy import bindparam, delete, select
 from proper.databases.shared import SharedDatabase, open_run
 from proper.databases.statements import Statement, row_of
 from proper.databases.tables import API_KEYS, SETTINGS
-from proper.errors import ProperError, StoreError
-from proper.files import locked, private_folder, write_json, write_text
+from proper.errors import ProperError, ReadOnlyError, StoreError
+from proper.files import is_full, locked, private_folder, write_json, write_text
 from proper.json_records import first_problem, read_record
 from proper.run_folder import RunFolder
 
@@ -103,14 +103,16 @@ class KeyFile:
         """Hold the file lock, so that no other process or thread changes the file between read and write.
 
         Raises:
-            ProperError: the folder cannot be written.
+            ReadOnlyError: the folder cannot be written.
+            ProperError: the disk is full.
         """
         try:
             private_folder(self.path.parent)
             with locked(self.path.with_name(_RUN.keys_lock.name)):
                 yield
         except OSError as error:
-            raise ProperError(f"{self.path}: keys cannot be changed: {error.strerror or error}") from error
+            kind = ProperError if is_full(error) else ReadOnlyError
+            raise kind(f"{self.path}: keys cannot be changed: {error.strerror or error}") from error
 
     def write(self, entries: Sequence[KeyEntry]) -> None:
         """Write the marker, then the entries."""
