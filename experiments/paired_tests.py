@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments.answers import label
-from experiments.sources import Source
+from experiments.sources import MORE_ROWS, Source
 from proper.evaluation.comparisons import CONTROLS, FORMS
 from proper.evaluation.statistics import holm
 from proper.reports.formats import METRICS, NO_BREAK, p_text, plain, signed
@@ -78,7 +78,7 @@ def _adjusted(p_values: Mapping[Pair, float]) -> dict[Pair, float]:
     found: dict[Pair, float] = {}
     rest = [pair for pair in p_values if pair not in (*STEPS, *CONTROLS)]
     # A further form must not make what is said of Users itself less certain.
-    forms = [pair for pair in rest if pair[0] in FORMS]
+    forms = [pair for pair in rest if pair[0] in (*FORMS, MORE_ROWS)]
     for family in (STEPS, CONTROLS, forms, [pair for pair in rest if pair not in forms]):
         members = [pair for pair in p_values if pair in family]
         found |= dict(zip(members, holm([p_values[pair] for pair in members]), strict=True))

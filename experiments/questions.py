@@ -331,3 +331,9 @@ QUESTIONS = (
         ),
     ),
 )
+
+
+def shown_pairs(file: str) -> list[tuple[str, str]]:
+    """Return the (method, against) pairs that the page shows of a committed result, `findings/NAME.json`."""
+    sources = (source for question in QUESTIONS for source in question.sources if source.file == file)
+    return [pair for source in sources for pair in source.pairs]

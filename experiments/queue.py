@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.jobs import RUNS, Job, fits, key_of, lacking, settings_of, state
+from experiments.questions import shown_pairs
 from experiments.score_tables import merged
 from proper.console import terminal_logging
 from proper.errors import ProperError
@@ -93,7 +94,8 @@ def _add_cells(job: Job) -> None:
         _train_and_evaluate(job)
         new = table_of(job)
     there = read_json(job.result) if job.result.exists() else None
-    pairs = [(method, other) for other in job.against for method in job.methods if method != other]
+    # Those of the page and not the job's own: the jobs of one table make all of its figures anew.
+    pairs = shown_pairs(f"findings/{job.result.name}")
     write_json(job.result, {"config": job.config, **merged(there if there and fits(job, there) else None, new, pairs)})
 
 

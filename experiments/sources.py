@@ -56,6 +56,8 @@ USER_FORMS = ("users", "users+head")
 """The forms of Users that the main table compares with every other row."""
 EQUAL_OPPU = "oppu[users.batch_size=2][users.layers=last 10]"
 """OPPU with the steps and the rows of Users: its own batch of 16 needs eight times the rows for as many steps."""
+MORE_ROWS = "users[users.max_items=128]"
+"""Users with more of the rows that the linear head reads: all of each user's history."""
 LABELS, TEXT = "labels", "text"
 MAIN = {
     "huffpost-label": LABELS,
@@ -100,6 +102,8 @@ def _rows(task: str) -> tuple[tuple[str, str], ...]:
     trivial = ("user-majority", "user-majority-same", *(("prior", "head+prior") if task == LABELS else ()))
     rivals = ("rag", "oppu", "oppu[users.layers=last 10]", EQUAL_OPPU, "end-to-end", "population-more")
     others = dict.fromkeys((constant_of(task), *trivial, *rivals))
-    more = (("users+rag", "users"), ("users+head", "users"), ("users+head", "groups+head"), ("users+head", "swapped"))
+    more = [("users+rag", "users"), ("users+head", "users"), ("users+head", "groups+head"), ("users+head", "swapped")]
+    more += [(MORE_ROWS, other) for other in ("groups", "users", "head+prior")]
+    more += [("users+prior", other) for other in ("users", "head+prior")]
     forms = ((form, other) for form in USER_FORMS for other in others)
     return (("population", constant_of(task)), *STEPS, *CONTROLS, *forms, *more)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments import jobs, queue
+from experiments.questions import shown_pairs
 from experiments.score_tables import EFFORT, cell_of, merged
 from proper.evaluation.metrics import Prediction, TaskInfo
 from proper.evaluation.results import RawResults, build_results
@@ -130,3 +131,13 @@ def test_a_job_runs_the_cells_that_its_table_lacks(
     assert jobs.state(both, {}) == "stale" and jobs.state(both, {}, keep=True) == "done"
     changed = replace(job, changes=("population.rank=2",))
     assert jobs.lacking(changed, found, keep=True) == {0: ["population"]}
+
+
+def test_committed_tables_have_every_comparison_that_the_page_shows() -> None:
+    for path in sorted(jobs.RESULTS.glob("*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        cells = found.get("cells", {})
+        there = {frozenset((row["method"], row["against"])) for row in found["comparisons"]}
+        for pair in shown_pairs(f"findings/{path.name}"):
+            if set(cells.get(pair[0], ())) & set(cells.get(pair[1], ())):
+                assert frozenset(pair) in there, (path.name, pair)
