@@ -114,6 +114,7 @@ def test_usage_errors_are_one_line(run: Path, tmp_path: Path, capsys: Output) ->
         (["update", str(run), "--budget", "3"], "--budget and --hours go with --drifted"),
         (["update", str(run), "--parent", "3"], "--parent goes with --watch"),
         (["update", str(run), "--drifted", "--user", "u0"], "--drifted: chooses the users itself"),
+        (["update", str(run), "--drifted", "--input", rows], "--drifted: chooses the users itself"),
         (["enrol", str(run), "--user", "ann", "--input", str(tmp_path / "no.jsonl")], "no.jsonl: cannot be read"),
     ):
         assert main(["users", *arguments]) == 2

@@ -67,8 +67,8 @@ def update(
         raise InputError("--budget and --hours go with --drifted")
     if parent is not None and not watch:
         raise InputError("--parent goes with --watch")
-    if drifted and (user is not None or watch):
-        raise InputError("--drifted: chooses the users itself; leave --user and --watch out")
+    if drifted and (user is not None or input_file is not None or watch):
+        raise InputError("--drifted: chooses the users itself; leave --user, --input and --watch out")
     if input_file is not None and user is None:
         raise InputError("--input: the user is missing; give --user as well")
     if watch:

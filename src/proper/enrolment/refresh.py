@@ -108,7 +108,7 @@ def roll_back(folder: Path) -> Refreshed:
     """
     run = RunFolder(folder)
     if not run.previous.exists() or hash_file(run.previous) == hash_file(run.experts):
-        raise RunFolderError(f"{folder}: the groups were never refreshed; there is nothing to go back to")
+        raise RunFolderError(f"{folder}: no groups from before a refresh are kept; there is nothing to go back to")
     with _opened(folder) as work:
         if not run.refreshed.exists() or hash_file(run.refreshed) != hash_file(run.previous):
             run.users.refresh.unlink(missing_ok=True)  # of a refresh that was killed before its commit
