@@ -151,7 +151,9 @@ def test_a_full_disk_is_one_clear_error(log: InteractionLog) -> None:
     log.append("", "ann", [ONE])
     pages = log.database.read("PRAGMA page_count")[0][0]
     log.database.read(f"PRAGMA max_page_count = {pages}")
-    with pytest.raises(StoreError, match="interactions.sqlite: the log cannot be written: no space is left on the disk"):
+    with pytest.raises(
+        StoreError, match="interactions.sqlite: the log cannot be written: no space is left on the disk"
+    ):
         log.append("", "ann", [LogEntry("x" * 100_000, "y")])
     log.database.read("PRAGMA max_page_count = 1000000")
     assert log.count("", "ann") == 1 and log.append("", "ann", [TWO]).accepted == 1
