@@ -86,9 +86,10 @@ QUESTIONS = (
             "with the embedded backbone decided it (recipe.md). The budget of stage 2 is that of HuffPost and Git's "
             "subject lines; it was raised after half of it had shown a first step of 3.9 % on these queries, below "
             "the goal. With half of it, Users is not shown to beat the user prior either. With 50 users, Users was "
-            "ahead of the linear head; 100 users do not confirm it. In the runs with rows drawn evenly, early "
-            "stopping could end stage 1 within its first pass (after 248 of 311 steps with 100,000 tokens), except in "
-            "the one with four times the tokens.",
+            "ahead of the linear head; 100 users do not confirm it. Adapters of 128 items were tried after the results "
+            "of 24 on these queries were known; the linear head is that of 24. In the runs with rows drawn evenly, "
+            "early stopping could end stage 1 within its first pass (after 248 of 311 steps with 100,000 tokens), "
+            "except in the one with four times the tokens.",
             "Users and linear head, the mean of both methods' label probabilities, beats the head on no set. Which "
             "error remains there is in docs/results/README.md.",
             "HuffPost's headlines: the steps lower the loss by less than 1 %, and no difference in ROUGE-1 is "

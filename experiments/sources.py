@@ -57,7 +57,7 @@ USER_FORMS = ("users", "users+head")
 EQUAL_OPPU = "oppu[users.batch_size=2][users.layers=last 10]"
 """OPPU with the steps and the rows of Users: its own batch of 16 needs eight times the rows for as many steps."""
 MORE_ROWS = "users[users.max_items=128]"
-"""Users with more of the rows that the linear head reads: all of each user's history."""
+"""Users with adapters that are trained on 128 items instead of 24."""
 LABELS, TEXT = "labels", "text"
 MAIN = {
     "huffpost-label": LABELS,
